@@ -1,0 +1,63 @@
+# One environment in .venv serves every target; nothing is installed twice unless its inputs changed.
+#   PYTHON=python3.12        interpreter the environment is made from (3.11 or newer)
+#   TORCH=torch==2.11.0      torch to install before everything that depends on it
+#   ARGS='-k pack'           extra arguments of pytest for `make test`
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+READY := $(VENV)/ready
+TYPING := build/typing/peftdyno
+
+.PHONY: run test lint check tree clean FORCE
+
+run: $(READY)
+	$(BIN)/peftdyno demo
+
+test: $(READY)
+	$(BIN)/pytest tests $(ARGS)
+
+lint check: $(READY) $(TYPING)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	MYPYPATH=build/typing $(BIN)/mypy -p peftdyno.kernels -p peftdyno.engine | sed 's|^$(TYPING)/||'
+	$(BIN)/pytest tests/test_style.py tests/test_security.py
+
+tree:
+	$(PYTHON) docs/tree.py
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info $(READY)
+	find engine kernels bench tests docs -name __pycache__ -prune -exec rm -rf {} +
+	find engine kernels bench -name '*.so' -delete
+
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*) $(VENV)/torch-requirement
+	@echo "Installing $(TORCH) and peftdyno into $(VENV) ..."
+	$(PIP) install "$$(cat $(VENV)/torch-requirement)"
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$(VENV)/constraints
+	$(PIP) install -c $(VENV)/constraints 'setuptools>=77' wheel ninja
+	$(PIP) install -c $(VENV)/constraints --no-build-isolation -e '.[hf,peft,dev]'
+	@touch $@
+
+# Rewritten only when TORCH changes, so that another torch reinstalls and rebuilds.
+$(VENV)/torch-requirement: FORCE | $(BIN)/python
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' >$@
+
+# Some distributions split ensurepip off from Python; the interpreter's own pip then fills the environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "peftdyno needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); else \
+	  $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --quiet --python $@ install pip; fi
+
+# mypy cannot follow the mapping of folders to import names; it reads this mirror of links instead.
+$(TYPING):
+	@mkdir -p $@
+	@for name in engine kernels bench; do ln -sfn "../../../$$name" "$@/$$name"; done
