@@ -1,0 +1,1 @@
+"""Measures and compares: tasks, metrics, PSCP, sweeps, reports and the command line."""

@@ -1,0 +1,1 @@
+"""Trains and runs: packs, the decoder, adapters, the loop, generation and the ledger."""

@@ -145,7 +145,7 @@ ATTEMPTS = {
 
 
 def test_network_is_refused_here(network_log: Path) -> None:
-    with pytest.raises(BaseException, match="refused_here .* reached for the network"):
+    with pytest.raises(BaseException, match="reached for the network"):
         socket.create_connection(("192.0.2.1", 80), timeout=1)
     assert "192.0.2.1" in network_log.read_text()
     network_log.write_text("")

@@ -1,0 +1,1 @@
+"""PEFT methods: the bank of trainable parameters and one file a method."""
