@@ -1,1 +1,1 @@
-"""Operations: reference, CPU and Triton forms, gradient and cost formula of each in one file."""
+"""Operations of training and inference: each file holds one, with its reference, fast forms, gradient and cost."""

@@ -1,0 +1,153 @@
+"""A frozen product with the edits of a bank: low-rank terms, output scales and shifts, one autograd function.
+
+y = (x W^T + b + sum of low-rank terms) * scale + shift, each on its own rows of W (columns of y).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftdyno.kernels import bank_affine, linear, lora_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """Low-rank term on rows start:stop of W. a [R, r, in], b [R, out, r] in fp32; a scale for each run."""
+
+    start: int
+    stop: int
+    a: Tensor
+    b: Tensor
+    scaling: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """A scale or shift [R, C] in fp32 on output columns start:start + C."""
+
+    start: int
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearEdits:
+    """All that a bank does at one product. Dropout acts on the input of the low-rank terms; `keys` is [M, R]."""
+
+    low_rank: tuple[LowRank, ...] = ()
+    scales: tuple[Columns, ...] = ()
+    shifts: tuple[Columns, ...] = ()
+    dropout: float = 0.0
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRuns:
+    """Whose each token is: run j owns rows offsets[j]:offsets[j + 1]; streams [N] are the tokens' identities."""
+
+    offsets: tuple[int, ...]
+    streams: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    edits: LinearEdits
+    runs: TokenRuns
+    x_spare: int
+    border: int
+    spare: int
+
+    def terms(self) -> tuple[list[float], list[int], list[int], float, Tensor | None, Tensor | None]:
+        edits = self.edits
+        rows = [i for term in edits.low_rank for i in (term.start, term.stop)]
+        scaling = [s for term in edits.low_rank for s in term.scaling]
+        return scaling, rows, list(self.runs.offsets), edits.dropout, self.runs.streams, edits.keys
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *parameters: Tensor) -> Tensor:
+        edits, runs = plan.edits, list(plan.runs.offsets)
+        a, b = _factors(edits, parameters)
+        u = None
+        if a:
+            y, u = lora_linear.FORWARD(
+                x, weight, bias, a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare
+            )
+        else:
+            y = linear.FORWARD(x, weight, bias, plan.spare)
+        before = []
+        for scale in edits.scales:
+            before.append(y[:, scale.start : scale.start + scale.values.shape[1]].clone())
+            bank_affine.SCALE(y, scale.values, scale.start, runs)
+        for shift in edits.shifts:
+            bank_affine.SHIFT(y, shift.values, shift.start, runs)
+        ctx.plan = plan
+        ctx.save_for_backward(x if a else None, weight, u, *before, *parameters)
+        output: Tensor = y
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        plan: _Plan = ctx.plan
+        edits, runs = plan.edits, list(plan.runs.offsets)
+        x, weight, u, *rest = ctx.saved_tensors
+        before, parameters = rest[: len(edits.scales)], rest[len(edits.scales) :]
+        shifts = [
+            bank_affine.COLUMN_SUMS(dy, None, s.start, s.values.shape[1], runs) for s in edits.shifts
+        ]
+        scales = [
+            bank_affine.COLUMN_SUMS(dy, pre, s.start, s.values.shape[1], runs)
+            for s, pre in zip(edits.scales, before, strict=True)
+        ]
+        if edits.scales:
+            dy = dy.clone()
+            for scale in edits.scales:
+                bank_affine.SCALE(dy, scale.values, scale.start, runs)
+        need_x = ctx.needs_input_grad[0]
+        a, b = _factors(edits, parameters)
+        if not a:
+            dx = linear.BACKWARD(dy, weight) if need_x else None
+            return dx, None, None, None, *scales, *shifts
+        dx, da, db = lora_linear.BACKWARD(
+            dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x
+        )
+        return (dx if need_x else None), None, None, None, *da, *db, *scales, *shifts
+
+
+def _factors(edits: LinearEdits, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    m = len(edits.low_rank)
+    return list(parameters[:m]), list(parameters[m : 2 * m])
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    edits: LinearEdits | None,
+    runs: TokenRuns,
+    *,
+    x_spare: int = 0,
+    border: int = 0,
+    spare: int = 0,
+) -> Tensor:
+    """Product with a frozen weight and a bank's edits of it; plain where `edits` is None.
+
+    `x_spare` says how many columns lie free to the right of each row of x, `border` how many spare columns and
+    rows surround the weight in memory, `spare` how many columns to leave free beside the output.
+    """
+    if edits is None:
+        return linear.linear(x, weight, bias, spare=spare)
+    parameters = [
+        *(term.a for term in edits.low_rank),
+        *(term.b for term in edits.low_rank),
+        *(scale.values for scale in edits.scales),
+        *(shift.values for shift in edits.shifts),
+    ]
+    plan = _Plan(edits, runs, x_spare, border, spare)
+    y: Tensor = _AdaptedLinear.apply(x, weight, bias, plan, *parameters)  # type: ignore[no-untyped-call]
+    return y

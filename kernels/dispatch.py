@@ -1,0 +1,42 @@
+"""Which implementation of an operator runs: decided by device, what is built, and the user's explicit choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+
+Choice = Literal["auto", "reference", "cpu", "triton"]
+
+_choice: Choice = "auto"
+
+
+def use(choice: str) -> None:
+    """Set the implementation for every operator of this process; an explicit choice never falls back.
+
+    Raises ValueError for an unknown name.
+    """
+    global _choice
+    if choice not in get_args(Choice):
+        raise ValueError(f"--kernels '{choice}' is not one of {', '.join(get_args(Choice))}")
+    _choice = choice  # type: ignore[assignment]
+
+
+def current() -> Choice:
+    """The choice in force."""
+    return _choice
+
+
+def choose(name: str, implementations: Mapping[str, Any], device: torch.device) -> str:
+    """Name of the implementation of operator `name` to run on `device`.
+
+    `auto` prefers the one made for the device and takes the reference where there is none. Raises RuntimeError
+    where an explicit choice does not exist.
+    """
+    if _choice == "auto":
+        fast = "triton" if device.type == "cuda" else "cpu"
+        return fast if fast in implementations else "reference"
+    if _choice not in implementations:
+        raise RuntimeError(f"operator {name} has no '{_choice}' implementation; it has {', '.join(implementations)}")
+    return _choice
