@@ -98,13 +98,12 @@ def profiler() -> Section:
 
 
 def _omission_text(method: str) -> str:
+    """The fewest data sets whose omission gives the printed mean."""
     found = tables.omissions(method)
     if found[0]:
         return "all data sets"
-    if len(found[1]) == 1:
-        return f"all but {found[1][0][0]}"
-    pairs = " or ".join(" and ".join(pair) for pair in found[2])
-    return f"all but {pairs}" if pairs else "no one or two left out"
+    choices = [" and ".join(choice) for choice in found[1] or found[2]]
+    return f"all but {' or '.join(choices)}" if choices else "no one or two left out"
 
 
 def means() -> Section:
@@ -122,7 +121,7 @@ def means() -> Section:
         [
             f"The paper prints a score for each method on each of {count} data sets. The mean that enters "
             "PSCP is not over the same ones for every method. The script that gathers results passes over "
-            "runs it does not find, so a mean taken before all runs were in stays over fewer data sets.",
+            "runs it does not find, so a mean taken before all runs were in would be over fewer data sets.",
             Table(["method", "printed mean", f"mean of {count}", "the printed mean fits"], rows),
             f"Leaving out apps, where the methods score {min(apps):.1f} to {max(apps):.1f}, raises the "
             f"means of {names(without)} by {names(gains)} points. IA3's mean includes it. A choice of one "

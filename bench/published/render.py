@@ -90,7 +90,8 @@ def page() -> str:
 
 
 def write_page(path: str | Path) -> None:
-    """Writes the Markdown page to `path`."""
+    """Writes the Markdown page to `path`, making its folder where there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page(), encoding="utf-8")
 
 
