@@ -16,6 +16,12 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 READY := $(VENV)/ready
 TYPING := build/typing/peftdyno
 
+define KERNELS_IN_USE
+from peftdyno.kernels.cpu import AVAILABLE
+print("CPU kernels:", "compiled C++" if AVAILABLE else "PyTorch operations, as the C++ extension was not built")
+endef
+export KERNELS_IN_USE
+
 .PHONY: run test lint check tree clean FORCE
 
 run: $(READY)
@@ -44,6 +50,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*) $(VENV)/torch-
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$(VENV)/constraints
 	$(PIP) install -c $(VENV)/constraints 'setuptools>=77' wheel ninja
 	$(PIP) install -c $(VENV)/constraints --no-build-isolation -e '.[hf,peft,dev]'
+	@$(BIN)/python -P -c "$$KERNELS_IN_USE"
 	@touch $@
 
 # Rewritten only when TORCH changes, so that another torch reinstalls and rebuilds.
