@@ -7,10 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from peftdyno.engine.errors import UserError
@@ -71,14 +70,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, source: dict[str, Any]) -> None:
+def write_manifest(folder: Path, source: Mapping[str, str]) -> None:
     """Writes the checksum of every file of a folder, and where they came from."""
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({"source": source, "files": files}, indent=2)
+    text = json.dumps({"source": dict(source), "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def verified_manifest(folder: Path) -> dict[str, Any] | None:
+def verified_manifest(folder: Path) -> dict[str, str] | None:
     """The manifest's source if every file of the folder still has its checksum, else None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.families import Family, family_of
-from peftdyno.engine.model_cache import publish_folder
+from peftdyno.engine.model_cache import publish_folder, write_manifest
 from peftdyno.engine.weights import DecoderWeights, empty_weights, layer_parts, part_shape
 
 WEIGHTS_FILE = "model.safetensors"
@@ -211,17 +211,22 @@ def save_model(
     weights: DecoderWeights,
     config: DecoderConfig,
     extra_files: Mapping[str, bytes] | None = None,
+    manifest: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model folder that transformers and this package read: config.json and one safetensors file.
 
     The folder appears under its name only when it is complete; `extra_files` (name -> content)
-    carries the tokenizer. Raises UserError where the folder exists and is not empty.
+    carries the tokenizer. With `manifest`, the source it states is written beside the checksums of
+    all files. Raises UserError where the folder exists and is not empty.
     """
     dtype = str(weights.embed.dtype).removeprefix("torch.")
     fields = {**family_of(config).to_hf(config), "torch_dtype": dtype}
     with publish_folder(folder) as partial:
         state = {name: tensor.contiguous() for name, tensor in to_state_dict(weights, config).items()}
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        (partial / WEIGHTS_FILE).chmod(0o644)  # written readable by its owner alone
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         for name, content in (extra_files or {}).items():
             (partial / name).write_bytes(content)
+        if manifest is not None:
+            write_manifest(partial, manifest)
