@@ -43,7 +43,9 @@ def reference(
         p[j].mul_(1 - rate * decay).addcdiv_(m[j] / (1 - beta1**step), denominator, value=-rate)
 
 
-def cost(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rates: Any, clips: Any, steps: Sequence[int], *_: Any) -> OwnedCost:
+def cost(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, rates: Any, clips: Any, steps: Sequence[int], *_: Any
+) -> OwnedCost:
     """15 FLOPs a parameter of a live run; four arrays read, three written."""
     n = p.numel() // len(steps) * sum(step > 0 for step in steps)
     return OwnedCost(adapter=Cost(pointwise=POINTWISE_FLOPS * n, bytes=28 * n))

@@ -70,7 +70,9 @@ class _Plan:
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *parameters: Tensor
+    ) -> Tensor:
         edits, runs = plan.edits, list(plan.runs.offsets)
         a, b = _factors(edits, parameters)
         u = None
@@ -97,9 +99,7 @@ class _AdaptedLinear(torch.autograd.Function):
         edits, runs = plan.edits, list(plan.runs.offsets)
         x, weight, u, *rest = ctx.saved_tensors
         before, parameters = rest[: len(edits.scales)], rest[len(edits.scales) :]
-        shifts = [
-            bank_affine.COLUMN_SUMS(dy, None, s.start, s.values.shape[1], runs) for s in edits.shifts
-        ]
+        shifts = [bank_affine.COLUMN_SUMS(dy, None, s.start, s.values.shape[1], runs) for s in edits.shifts]
         scales = [
             bank_affine.COLUMN_SUMS(dy, pre, s.start, s.values.shape[1], runs)
             for s, pre in zip(edits.scales, before, strict=True)
@@ -113,9 +113,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if not a:
             dx = linear.BACKWARD(dy, weight) if need_x else None
             return dx, None, None, None, *scales, *shifts
-        dx, da, db = lora_linear.BACKWARD(
-            dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x
-        )
+        dx, da, db = lora_linear.BACKWARD(dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x)
         return (dx if need_x else None), None, None, None, *da, *db, *scales, *shifts
 
 

@@ -30,7 +30,9 @@ def reference_shift(y: Tensor, shift: Tensor, column: int, run_offsets: Sequence
     piece.copy_(piece.float() + rows_of_runs(shift, run_offsets))
 
 
-def reference_column_sums(dy: Tensor, before: Tensor | None, column: int, width: int, run_offsets: Sequence[int]) -> Tensor:
+def reference_column_sums(
+    dy: Tensor, before: Tensor | None, column: int, width: int, run_offsets: Sequence[int]
+) -> Tensor:
     """[R, width] sums over each run's tokens of dy (times `before` where given), in fp32."""
     products = dy[:, column : column + width].float()
     if before is not None:
@@ -44,7 +46,9 @@ def _elements(y: Tensor, values: Tensor, *_: Any) -> OwnedCost:
     return OwnedCost(adapter=Cost(pointwise=n, bytes=2 * n * y.element_size() + row_bytes(values)))
 
 
-def _sums_cost(dy: Tensor, before: Tensor | None, column: int, width: int, run_offsets: Sequence[int]) -> OwnedCost:
+def _sums_cost(
+    dy: Tensor, before: Tensor | None, column: int, width: int, run_offsets: Sequence[int]
+) -> OwnedCost:
     n = dy.shape[0] * width
     moved = n * dy.element_size() + row_bytes(before) + 4 * width * (len(run_offsets) - 1)
     return OwnedCost(adapter=Cost(pointwise=0 if before is None else n, reduction=n, bytes=moved))

@@ -38,7 +38,9 @@ def activation_derivative(gate: Tensor, activation: str) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * c * (1 + 3 * a * gate * gate)
 
 
-def reference_forward(gate_up: Tensor, scale: Tensor | None, activation: str, runs: Sequence[int], spare: int) -> Tensor:
+def reference_forward(
+    gate_up: Tensor, scale: Tensor | None, activation: str, runs: Sequence[int], spare: int
+) -> Tensor:
     """Plain PyTorch, computed in fp32."""
     gate, up = gate_up.float().chunk(2, dim=1)
     y = activation_value(gate, activation) * up
@@ -76,7 +78,9 @@ def backward_cost(dy: Tensor, gate_up: Tensor, scale: Tensor | None, activation:
     n = dy.numel()
     pointwise = n * (ACTIVATION_FLOPS[activation] + _DERIVATIVE_FLOPS[activation] + 3)
     base = Cost(pointwise=pointwise, bytes=5 * n * dy.element_size())
-    return OwnedCost(base, Cost() if scale is None else Cost(pointwise=3 * n, reduction=n, bytes=2 * row_bytes(scale)))
+    return OwnedCost(
+        base, Cost() if scale is None else Cost(pointwise=3 * n, reduction=n, bytes=2 * row_bytes(scale))
+    )
 
 
 def _forward_shape(gate_up: Tensor, scale: Tensor | None, activation: str, runs: Any, spare: int) -> Tensor:

@@ -20,13 +20,21 @@ def _head_rows(x: Tensor, first: int, last: int, d: int) -> Tensor:
 class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: tuple[int, int], eps: float, offset: float
+        ctx: Any,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        heads: tuple[int, int],
+        eps: float,
+        offset: float,
     ) -> Tensor:
         d = q_weight.shape[0]
         out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         out[:, sum(heads) * d :] = qkv[:, sum(heads) * d :]
         rstds = []
-        for weight, (first, last) in zip((q_weight, k_weight), ((0, heads[0]), (heads[0], sum(heads))), strict=True):
+        for weight, (first, last) in zip(
+            (q_weight, k_weight), ((0, heads[0]), (heads[0], sum(heads))), strict=True
+        ):
             y, _, rstd = rms_norm.FORWARD(_head_rows(qkv, first, last, d), None, weight, [], eps, offset, 0)
             out[:, first * d : last * d] = y.view(qkv.shape[0], -1)
             rstds.append(rstd)
@@ -45,7 +53,14 @@ class _HeadNorm(torch.autograd.Function):
         pieces = ((0, heads[0], q_weight, q_rstd), (heads[0], sum(heads), k_weight, k_rstd))
         for (first, last, weight, rstd), need in zip(pieces, ctx.needs_input_grad[1:3], strict=True):
             dx, dweight = rms_norm.BACKWARD(
-                _head_rows(dout, first, last, d), None, _head_rows(qkv, first, last, d), weight, rstd, [], offset, need
+                _head_rows(dout, first, last, d),
+                None,
+                _head_rows(qkv, first, last, d),
+                weight,
+                rstd,
+                [],
+                offset,
+                need,
             )
             dqkv[:, first * d : last * d] = dx.view(qkv.shape[0], -1)
             gradients.append(dweight if need else None)
@@ -53,7 +68,13 @@ class _HeadNorm(torch.autograd.Function):
 
 
 def head_norm(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, *, heads: tuple[int, int], eps: float, offset: float = 0.0
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *,
+    heads: tuple[int, int],
+    eps: float,
+    offset: float = 0.0,
 ) -> Tensor:
     """Normed copy of the rows; `heads` is (query heads, key heads)."""
     out: Tensor = _HeadNorm.apply(qkv, q_weight, k_weight, heads, eps, offset)  # type: ignore[no-untyped-call]

@@ -32,7 +32,9 @@ def forward_cost(x: Tensor, weight: Tensor, bias: Tensor | None, spare: int) -> 
     """2 N in out, and one addition an output element with a bias."""
     n, (out, columns) = x.shape[0], weight.shape
     moved = row_bytes(x, weight, bias) + n * out * x.element_size()
-    return OwnedCost(Cost(matrix=2 * n * out * columns, pointwise=0 if bias is None else n * out, bytes=moved))
+    return OwnedCost(
+        Cost(matrix=2 * n * out * columns, pointwise=0 if bias is None else n * out, bytes=moved)
+    )
 
 
 def backward_cost(dy: Tensor, weight: Tensor) -> OwnedCost:

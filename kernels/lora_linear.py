@@ -33,14 +33,18 @@ class _Block:
     scale: float
 
 
-def _blocks(a: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], runs: Sequence[int]) -> Iterator[_Block]:
+def _blocks(
+    a: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], runs: Sequence[int]
+) -> Iterator[_Block]:
     column = 0
     num_runs = len(runs) - 1
     for m, factor in enumerate(a):
         columns = slice(column, column + factor.shape[1])
         for j in range(num_runs):
             tokens = slice(runs[j], runs[j + 1])
-            yield _Block(m, j, tokens, slice(rows[2 * m], rows[2 * m + 1]), columns, scaling[m * num_runs + j])
+            yield _Block(
+                m, j, tokens, slice(rows[2 * m], rows[2 * m + 1]), columns, scaling[m * num_runs + j]
+            )
         column = columns.stop
 
 
@@ -120,7 +124,9 @@ def _piece(streams: Tensor | None, block: _Block) -> Tensor | None:
     return None if streams is None else streams[block.tokens]
 
 
-def _forward_shape(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+def _forward_shape(
+    x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor]:
     columns = sum(factor.shape[1] for factor in a)
     return with_spare(x.shape[0], weight.shape[0], rest[-1], x), x.new_empty(x.shape[0], columns)
 
@@ -132,7 +138,9 @@ def _backward_shape(
     return dx, [torch.empty_like(t) for t in a], [torch.empty_like(t) for t in b]
 
 
-def _low_rank(a: Sequence[Tensor], b: Sequence[Tensor], run_offsets: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+def _low_rank(
+    a: Sequence[Tensor], b: Sequence[Tensor], run_offsets: Sequence[int]
+) -> Iterator[tuple[int, int, int, int]]:
     """(tokens, rank, in, out) of every module and run."""
     for down, up in zip(a, b, strict=True):
         for first, last in zip(run_offsets, run_offsets[1:], strict=False):
@@ -170,7 +178,9 @@ def backward_cost(
         matrix += 2 * tokens * rank * (2 * tall + wide * (2 if need_x else 1))
         masked = (2 if need_x else 1) if dropout else 0
         pointwise += tokens * wide * (int(need_x) + 2 * masked)
-    return OwnedCost(base, Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(x, u, *a, *b) + row_bytes(*a, *b)))
+    return OwnedCost(
+        base, Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(x, u, *a, *b) + row_bytes(*a, *b))
+    )
 
 
 FORWARD = primitive(

@@ -29,7 +29,13 @@ def _weights(weight: Tensor, run_offsets: Sequence[int], offset: float) -> Tenso
 
 
 def reference_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, run_offsets: Sequence[int], eps: float, offset: float, spare: int
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    run_offsets: Sequence[int],
+    eps: float,
+    offset: float,
+    spare: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch: y, h (empty without a residual) and rstd [N] in fp32."""
     h = x if residual is None else x + residual
@@ -74,7 +80,9 @@ def _forward_shape(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     return with_spare(*x.shape, rest[-1], x), h, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _backward_shape(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _backward_shape(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     dweight = weight.new_empty(weight.shape if rest[-1] else (0,), dtype=torch.float32)
     return h.new_empty(h.shape), dweight
 
@@ -88,14 +96,25 @@ def forward_cost(x: Tensor, residual: Tensor | None, weight: Tensor, *_: Any) ->
 
 
 def backward_cost(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, run_offsets: Any, offset: float, need: bool
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    run_offsets: Any,
+    offset: float,
+    need: bool,
 ) -> OwnedCost:
     """Per element: g, its product with h, the two terms of dx (and the sum with dh); one product for dw."""
     n = h.numel()
     base = Cost(
-        pointwise=n * (6 + (dh is not None)), reduction=n, bytes=(3 + (dh is not None)) * row_bytes(h) + row_bytes(weight)
+        pointwise=n * (6 + (dh is not None)),
+        reduction=n,
+        bytes=(3 + (dh is not None)) * row_bytes(h) + row_bytes(weight),
     )
-    return OwnedCost(base=base, adapter=Cost(pointwise=n, reduction=n, bytes=4 * weight.numel()) if need else Cost())
+    return OwnedCost(
+        base=base, adapter=Cost(pointwise=n, reduction=n, bytes=4 * weight.numel()) if need else Cost()
+    )
 
 
 FORWARD = primitive(
@@ -118,7 +137,9 @@ BACKWARD = primitive(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, options: tuple[Any, ...]) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, options: tuple[Any, ...]
+    ) -> Any:
         run_offsets, eps, offset, spare = options
         y, h, rstd = FORWARD(x, residual, weight, run_offsets, eps, offset, spare)
         ctx.save_for_backward(x if residual is None else h, weight, rstd)
@@ -132,7 +153,12 @@ class _RMSNorm(torch.autograd.Function):
         h, weight, rstd = ctx.saved_tensors
         run_offsets, offset = ctx.options
         dx, dweight = BACKWARD(dy, dh, h, weight, rstd, run_offsets, offset, ctx.needs_input_grad[2])
-        return dx, (dx if ctx.needs_input_grad[1] else None), (dweight if ctx.needs_input_grad[2] else None), None
+        return (
+            dx,
+            (dx if ctx.needs_input_grad[1] else None),
+            (dweight if ctx.needs_input_grad[2] else None),
+            None,
+        )
 
 
 def rms_norm(

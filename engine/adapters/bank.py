@@ -1,0 +1,172 @@
+"""AdapterBank: the trained parameters of one method, stacked over R runs that share the frozen base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftdyno.engine.adapters.method import Method
+from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.pack import Root
+from peftdyno.engine.weights import DecoderWeights
+from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
+from peftdyno.kernels.random import stream_key
+
+
+@dataclass
+class AdapterBank:
+    """R runs of a method. `flat` [R, P] holds all masters in fp32, `gradient` their gradients; `parameters` are
+    views of it by name, [R, ...]. Where runs differ in rank, a smaller one is padded with zeros that stay zero.
+
+    `methods` and `seeds` have an entry for each run; `step` and `training` select the dropout masks.
+    """
+
+    config: DecoderConfig
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    flat: Tensor
+    gradient: Tensor
+    parameters: dict[str, Tensor]
+    groups: tuple[tuple[float, int, int], ...]
+    """(learning rate factor, first column, last column + 1) of ranges of `flat`."""
+    buffers: dict[str, Any] = field(default_factory=dict)
+    """What a method derived from the base weights once."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What a method computed for this step."""
+    step: int = 0
+    training: bool = False
+    bordered: bool = False
+
+    @classmethod
+    def create(
+        cls, config: DecoderConfig, methods: Sequence[Method], seeds: Sequence[int], weights: DecoderWeights
+    ) -> AdapterBank:
+        """A bank at its methods' starts; each tensor of each run draws from its own stream of the run's seed."""
+        bank = cls.empty(config, methods, seeds, weights.embed.device)
+        if weights.embed.is_meta:
+            return bank
+        with torch.no_grad():
+            for run, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
+                for name, shape in method.parameters(config).items():
+                    random = np.random.Generator(
+                        np.random.Philox(key=stream_key(seed, f"init.{name}") % 2**64)
+                    )
+                    start = method.initial(name, shape, random, weights)
+                    target = bank.parameters[name][run][tuple(slice(n) for n in shape)]
+                    target.copy_(torch.as_tensor(start))
+        return bank
+
+    @classmethod
+    def empty(
+        cls,
+        config: DecoderConfig,
+        methods: Sequence[Method],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> AdapterBank:
+        """A bank of zeros; all runs are of one method."""
+        assert len({m.name for m in methods}) == 1 and len(methods) == len(seeds), (methods, seeds)
+        shapes = _stacked_shapes([m.parameters(config) for m in methods])
+        order = sorted(shapes, key=lambda name: methods[0].rate_factor(name))
+        size = sum(int(np.prod(shape)) for shape in shapes.values())
+        flat, gradient = (torch.zeros(len(methods), size, device=device) for _ in range(2))
+        parameters, groups, start = {}, [], 0
+        for name in order:
+            stop = start + int(np.prod(shapes[name]))
+            view = flat[:, start:stop].view(len(methods), *shapes[name]).requires_grad_()
+            view.grad = gradient[:, start:stop].view(len(methods), *shapes[name])
+            parameters[name] = view
+            groups.append((methods[0].rate_factor(name), start, stop))
+            start = stop
+        return cls(config, tuple(methods), tuple(seeds), flat, gradient, parameters, _joined(groups))
+
+    @property
+    def num_runs(self) -> int:
+        """R."""
+        return len(self.methods)
+
+    @property
+    def method(self) -> Method:
+        """The method of the first run; what all runs share (its name, its places) can be read here."""
+        return self.methods[0]
+
+    @property
+    def root(self) -> Root | None:
+        """Learned positions that every sequence starts with."""
+        return self.method.root()
+
+    def trainable_count(self, run: int = 0) -> int:
+        """Trained values of one run, padding left out."""
+        return self.methods[run].trainable_count(self.config)
+
+    def begin(self, step: int, *, training: bool) -> None:
+        """Start a step: choose its random streams and compute what the method needs once for it."""
+        self.step, self.training = step, training
+        self.state.clear()
+        self.method.prepare(self)
+
+    def finish(self) -> None:
+        """End a step's backward passes: carry gradients of what `prepare` computed on to the parameters."""
+        self.method.finish(self)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in place."""
+        self.gradient.zero_()
+
+    def keys(self, purpose: str, layer: int) -> list[int]:
+        """The 64-bit key of each run for this step's random stream of a purpose in a layer."""
+        return [stream_key(seed, purpose, self.step, layer) for seed in self.seeds]
+
+    def linear(self, layer: int, site: str) -> LinearEdits | None:
+        """Edits of a fused product."""
+        return self.method.linear(self, layer, site)
+
+    def spare(self, layer: int, site: str) -> int:
+        """Spare columns beside the input of a bordered product, 0 where products are not bordered."""
+        return self.method.spare(self, layer, site) if self.bordered else 0
+
+    def norm(self, layer: int, name: str) -> Tensor | None:
+        """Weights [R, D] in place of a norm's."""
+        return self.method.norm(self, layer, name)
+
+    def glu_scale(self, layer: int) -> Tensor | None:
+        """Scale [R, F] of the input of down_proj."""
+        return self.method.glu_scale(self, layer)
+
+    def branch(self, layer: int, place: str, x: Tensor, runs: TokenRuns) -> Tensor:
+        """The output of the attention or the MLP on its way to the residual stream."""
+        return self.method.branch(self, layer, place, x, runs)
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [R * n, K, d] before every sequence."""
+        return self.method.prefix(self, layer)
+
+    def virtual_embeddings(self) -> Tensor:
+        """Embeddings [R * n, D] of the virtual tokens."""
+        return self.method.virtual_embeddings(self)
+
+
+def _stacked_shapes(shapes: Sequence[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """Shapes that hold every run's tensor, the largest of each dimension."""
+    names = list(dict.fromkeys(name for one in shapes for name in one))
+    found = {}
+    for name in names:
+        sizes = [one[name] for one in shapes if name in one]
+        found[name] = tuple(max(size) for size in zip(*sizes, strict=True))
+    return found
+
+
+def _joined(groups: Sequence[tuple[float, int, int]]) -> tuple[tuple[float, int, int], ...]:
+    """Neighbouring ranges of the same factor as one."""
+    joined: list[tuple[float, int, int]] = []
+    for factor, start, stop in groups:
+        if joined and joined[-1][0] == factor:
+            joined[-1] = (factor, joined[-1][1], stop)
+        else:
+            joined.append((factor, start, stop))
+    return tuple(joined)

@@ -1,0 +1,131 @@
+"""Method: what one parameter-efficient method trains, where it acts, and how it is stored and merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.errors import UserError
+from peftdyno.engine.pack import Root
+from peftdyno.engine.weights import DecoderWeights
+from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
+
+if TYPE_CHECKING:
+    from peftdyno.engine.adapters.bank import AdapterBank
+
+SITES: dict[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""Fused product of the decoder -> the projections whose rows it holds, in order."""
+
+MODULES = tuple(module for modules in SITES.values() for module in modules)
+"""Every projection a method may name as a target."""
+
+
+def module_rows(config: DecoderConfig, site: str) -> dict[str, tuple[int, int]]:
+    """Projection -> (first row, last row + 1) within the fused weight of its site."""
+    rows, start = {}, 0
+    for module in SITES[site]:
+        stop = start + config.linear_shape(module)[0]
+        rows[module] = (start, stop)
+        start = stop
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Hyperparameters of a method, and its hooks; a hook not overridden leaves the base model as it is.
+
+    Parameters are named; the bank stacks those of its R runs as fp32 [R, ...], and the hooks read them there.
+    """
+
+    name: ClassVar[str]
+    learning_rate: ClassVar[float] = 5e-5
+    """PEFT-Bench's rate for the method."""
+    weight_decay: ClassVar[float] = 1e-5
+
+    def parameters(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every trained tensor of one run."""
+        raise UserError(f"method '{self.name}' trains nothing")
+
+    def initial(
+        self, name: str, shape: tuple[int, ...], random: np.random.Generator, weights: DecoderWeights
+    ) -> np.ndarray[Any, Any] | Tensor:
+        """Start of one tensor of one run; `random` is that tensor's own stream."""
+        return np.zeros(shape, dtype=np.float32)
+
+    def stored_count(self, config: DecoderConfig) -> int:
+        """Values in the adapter file of one run; a method whose encoder is not stored says so here."""
+        return self.trainable_count(config)
+
+    def trainable_count(self, config: DecoderConfig) -> int:
+        """Trained values of one run."""
+        return sum(int(np.prod(shape)) for shape in self.parameters(config).values())
+
+    def rate_factor(self, name: str) -> float:
+        """What the learning rate is multiplied by for the named tensor."""
+        return 1.0
+
+    def root(self) -> Root | None:
+        """Learned positions that every sequence starts with."""
+        return None
+
+    def uses_dropout(self) -> bool:
+        """Whether training draws random masks, so that a shared prefix is another sample of the same expectation."""
+        return False
+
+    def prepare(self, bank: AdapterBank) -> None:
+        """Compute what the step's hooks need, once a step, into `bank.state`."""
+
+    def finish(self, bank: AdapterBank) -> None:
+        """Carry the gradients that reached `bank.state` on to the parameters, once a step."""
+
+    def linear(self, bank: AdapterBank, layer: int, site: str) -> LinearEdits | None:
+        """Edits of a fused product."""
+        return None
+
+    def spare(self, bank: AdapterBank, layer: int, site: str) -> int:
+        """Spare columns and rows a bordered product needs at a site."""
+        return 0
+
+    def norm(self, bank: AdapterBank, layer: int, name: str) -> Tensor | None:
+        """Weights [R, D] in place of a norm's; `layer` is -1 for the final norm."""
+        return None
+
+    def glu_scale(self, bank: AdapterBank, layer: int) -> Tensor | None:
+        """Scale [R, F] of the MLP's inner activation, the input of down_proj."""
+        return None
+
+    def branch(self, bank: AdapterBank, layer: int, place: str, x: Tensor, runs: TokenRuns) -> Tensor:
+        """The output of the attention or the MLP (`place`), before it joins the residual stream."""
+        return x
+
+    def prefix(self, bank: AdapterBank, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [R * n, K, d] that stand before every sequence in a layer."""
+        return None
+
+    def virtual_embeddings(self, bank: AdapterBank) -> Tensor:
+        """Embeddings [R * n, D] of the virtual tokens."""
+        raise UserError(f"method '{self.name}' has no virtual tokens")
+
+    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> None:
+        """Fold a run into the base weights, in place; UserError where the method can't be folded."""
+        raise UserError(f"method '{self.name}' cannot be merged into the base weights")
+
+    def to_peft(self, bank: AdapterBank, run: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's config fields and tensors of one run (names without the base model's prefix)."""
+        raise UserError(f"method '{self.name}' has no PEFT form")
+
+    @classmethod
+    def from_peft(
+        cls, fields: dict[str, Any], tensors: dict[str, Tensor], config: DecoderConfig
+    ) -> tuple[Method, dict[str, Tensor]]:
+        """The method and its tensors out of PEFT's; takes what it knows out of `fields` and `tensors`."""
+        raise UserError(f"method '{cls.name}' has no PEFT form")

@@ -1,0 +1,289 @@
+"""Decoder: one forward pass for every family, over a Pack, calling the bank at its named sites.
+
+Shapes: N tokens in the pack, L labels, R runs, D model width, H heads, K kv heads, d head width, F mlp width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftdyno.engine.accounting.scope import Scope
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.cache import KVCache
+from peftdyno.engine.config import DecoderConfig, RopeScaling
+from peftdyno.engine.pack import Pack
+from peftdyno.engine.weights import DecoderWeights, LayerWeights
+from peftdyno.kernels.adapted_linear import TokenRuns, adapted_linear
+from peftdyno.kernels.attention import AttentionShape, rotary_attention
+from peftdyno.kernels.glu import glu
+from peftdyno.kernels.head_norm import head_norm
+from peftdyno.kernels.label_loss import label_loss
+from peftdyno.kernels.rms_norm import rms_norm
+from peftdyno.kernels.rotary import angles
+
+
+@dataclass
+class Rows:
+    """What a layer needs to know of the rows it works on: whose they are and their rotary angles by base."""
+
+    runs: TokenRuns
+    pack: Pack
+    rotary: dict[float, tuple[Tensor, Tensor]]
+    cache: KVCache | None = None
+
+
+@dataclass
+class Decoder:
+    """A frozen base model: its config, its weights, and the scope its operations are charged to."""
+
+    config: DecoderConfig
+    weights: DecoderWeights
+    scope: Scope = field(default_factory=Scope)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype, that of the embedding."""
+        return self.weights.embed.dtype
+
+    def losses(self, pack: Pack, bank: AdapterBank) -> Tensor:
+        """Cross-entropy of each label of the pack, [L] in fp32, in the order of `pack.labels`."""
+        hidden = self.hidden(pack, bank, only_labels=True)
+        hidden = hidden.index_select(0, pack.labels.place)
+        return label_loss(hidden, self.weights.head, pack.labels.target, softcap=self.config.logit_softcap)
+
+    def logits(
+        self, pack: Pack, bank: AdapterBank, rows: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits [N, V] of every row, or of `rows` only."""
+        hidden = self.hidden(pack, bank, cache=cache)
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of normed hidden states, soft-capped where the family does."""
+        logits = torch.nn.functional.linear(hidden, self.weights.head)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def hidden(
+        self, pack: Pack, bank: AdapterBank, *, only_labels: bool = False, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, [N, D]; with `only_labels` at `pack.labels.rows` only, and then the
+        last layer's output projection and MLP run for those rows alone."""
+        config = self.config
+        rows = Rows(pack.runs, pack, self.rotary(pack.positions), cache)
+        self.scope.layer = -1
+        residual, delta = self.embed(pack, bank), None
+        for i, weights in enumerate(self.weights.layers):
+            residual, delta = _enter_layer(self.scope, i, residual, delta)
+            last = only_labels and i == config.num_hidden_layers - 1
+            residual, delta = self.layer(i, weights, rows, bank, residual, delta, last)
+        residual, delta = _enter_layer(self.scope, config.num_hidden_layers, residual, delta)
+        runs = pack.labels.row_runs if only_labels else pack.runs
+        return self.norm("final_norm", -1, self.weights.final_norm, bank, runs, residual, delta)[0]
+
+    def embed(self, pack: Pack, bank: AdapterBank) -> Tensor:
+        """Rows of the embedding, scaled where the family does, with the bank's virtual tokens in their places."""
+        hidden = self.weights.embed.index_select(0, pack.tokens.clamp_min(0))
+        if self.config.embedding_scale != 1.0:
+            hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype)
+        if not pack.virtual_rows.numel():
+            return hidden
+        virtual = bank.virtual_embeddings().index_select(0, pack.virtual_index)
+        return hidden.index_copy(0, pack.virtual_rows, virtual.to(hidden.dtype))
+
+    def layer(
+        self,
+        i: int,
+        weights: LayerWeights,
+        rows: Rows,
+        bank: AdapterBank,
+        residual: Tensor,
+        delta: Tensor | None,
+        last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """One block: takes and gives (residual stream, what the block before still has to add to it)."""
+        normed, residual = self.norm(
+            "input_norm", i, weights.input_norm, bank, rows.runs, residual, delta, site="qkv"
+        )
+        delta = self.attention(i, weights, rows, bank, normed)
+        runs = rows.runs
+        if last:
+            runs, picked = rows.pack.labels.row_runs, rows.pack.labels.rows
+            delta, residual = delta.index_select(0, picked), residual.index_select(0, picked)
+        delta = self.linear("o", i, weights.o, weights.o_bias, bank, runs, delta)
+        delta = bank.branch(i, "attention", delta, runs)
+        if weights.attention_post_norm is not None:
+            delta, _ = self.norm("attention_post_norm", i, weights.attention_post_norm, bank, runs, delta)
+        normed, residual = self.norm(
+            "mlp_norm", i, weights.mlp_norm, bank, runs, residual, delta, site="gate_up"
+        )
+        delta = self.mlp(i, weights, bank, runs, normed)
+        delta = bank.branch(i, "mlp", delta, runs)
+        if weights.mlp_post_norm is not None:
+            delta, _ = self.norm("mlp_post_norm", i, weights.mlp_post_norm, bank, runs, delta)
+        return residual, delta
+
+    def attention(
+        self, i: int, weights: LayerWeights, rows: Rows, bank: AdapterBank, normed: Tensor
+    ) -> Tensor:
+        """Fused projections, head norms, rotary embedding and attention over the pack: [N, H d]."""
+        config = self.config
+        qkv = self.linear("qkv", i, weights.qkv, weights.qkv_bias, bank, rows.runs, normed)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            heads = config.num_attention_heads, config.num_key_value_heads
+            qkv = head_norm(
+                qkv,
+                weights.q_norm,
+                weights.k_norm,
+                heads=heads,
+                eps=config.rms_norm_eps,
+                offset=config.norm_offset,
+            )
+        shape = self.attention_shape(i)
+        cos, sin = rows.rotary[self.rope_theta(i)]
+        prefix = bank.prefix(i)
+        if rows.cache is not None:
+            return rows.cache.attend(i, qkv, cos, sin, shape, prefix)
+        spare = bank.spare(i, "o")
+        return rotary_attention(
+            qkv,
+            cos,
+            sin,
+            rows.pack.layout,
+            shape,
+            prefix=prefix,
+            spare=spare,
+            grad_spare=bank.spare(i, "qkv"),
+        )
+
+    def mlp(
+        self, i: int, weights: LayerWeights, bank: AdapterBank, runs: TokenRuns, normed: Tensor
+    ) -> Tensor:
+        """Gated MLP: [N, D]."""
+        gate_up = self.linear("gate_up", i, weights.gate_up, None, bank, runs, normed)
+        inner = glu(
+            gate_up,
+            self.config.activation,
+            scale=bank.glu_scale(i),
+            run_offsets=runs.offsets,
+            spare=bank.spare(i, "down"),
+            grad_spare=bank.spare(i, "gate_up"),
+        )
+        return self.linear("down", i, weights.down, None, bank, runs, inner)
+
+    def linear(
+        self,
+        site: str,
+        i: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        bank: AdapterBank,
+        runs: TokenRuns,
+        x: Tensor,
+    ) -> Tensor:
+        """Product with the weight of a site, and the bank's edits of it."""
+        spare = bank.spare(i, site)
+        return adapted_linear(x, weight, bias, bank.linear(i, site), runs, x_spare=spare, border=spare)
+
+    def norm(
+        self,
+        name: str,
+        i: int,
+        weight: Tensor,
+        bank: AdapterBank,
+        runs: TokenRuns,
+        residual: Tensor,
+        delta: Tensor | None = None,
+        *,
+        site: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Norm of residual + delta and that sum; `site` names the product that reads the normed rows."""
+        tuned = bank.norm(i, name)
+        return rms_norm(
+            residual if delta is None else delta,
+            weight if tuned is None else tuned,
+            eps=self.config.rms_norm_eps,
+            offset=self.config.norm_offset,
+            residual=None if delta is None else residual,
+            run_offsets=runs.offsets,
+            spare=0 if site is None else bank.spare(i, site),
+        )
+
+    def attention_shape(self, i: int) -> AttentionShape:
+        """Heads and score options of a layer."""
+        config = self.config
+        return AttentionShape(
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            scale=config.softmax_scale,
+            window=config.window(i),
+            softcap=config.attention_softcap,
+        )
+
+    def rope_theta(self, i: int) -> float:
+        """Rotary base of a layer: the local one on sliding-window layers, where the family has one."""
+        local = self.config.rope_local_theta
+        return local if local is not None and self.config.window(i) is not None else self.config.rope_theta
+
+    def rotary(self, positions: Tensor) -> dict[float, tuple[Tensor, Tensor]]:
+        """cos and sin [N, d / 2] for each rotary base the layers use."""
+        bases = {self.rope_theta(i) for i in range(self.config.num_hidden_layers)}
+        return {theta: angles(positions, self._frequencies(theta)) for theta in bases}
+
+    def _frequencies(self, theta: float) -> Tensor:
+        scaling = self.config.rope_scaling if theta == self.config.rope_theta else None
+        return inverse_frequencies(self.config.head_dim, theta, scaling).to(self.device)
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """theta ** (-2i / d) for i < d / 2, in fp32, scaled where the config says so (Llama 3.1: long waves are
+    stretched by `factor`, those between the two limits by a blend)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    waves = 2 * math.pi / frequencies
+    ratio = scaling.original_max_position_embeddings / waves
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = ((ratio - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+class _EnterLayer(torch.autograd.Function):
+    """Passes the stream through and tells the scope which layer runs: i going forward, i - 1 going back."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, delta: Tensor | None, scope: Scope, i: int) -> Any:
+        ctx.scope, ctx.layer = scope, i
+        ctx.set_materialize_grads(False)
+        return residual, delta
+
+    @staticmethod
+    def backward(ctx: Any, dresidual: Tensor | None, ddelta: Tensor | None) -> Any:
+        ctx.scope.layer = ctx.layer - 1
+        return dresidual, ddelta, None, None
+
+
+def _enter_layer(
+    scope: Scope, i: int, residual: Tensor, delta: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    scope.layer = i
+    if not residual.requires_grad and (delta is None or not delta.requires_grad):
+        return residual, delta
+    result: tuple[Tensor, Tensor | None] = _EnterLayer.apply(residual, delta, scope, i)  # type: ignore[no-untyped-call]
+    return result
