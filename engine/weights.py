@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-from peftdyno.engine.config import DecoderConfig
 from torch import Tensor
+
+from peftdyno.engine.config import DecoderConfig
 
 PARTS: dict[str, tuple[str, ...]] = {
     "input_norm": ("input_norm.weight",),
