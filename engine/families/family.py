@@ -59,4 +59,6 @@ class Family:
             if tensor.startswith(found):
                 tensor = meant + tensor.removeprefix(found)
                 break
-        return None if tensor.startswith(self.ignored) and self.ignored else tensor
+        # Early Llama checkpoints store the rotary frequencies, which follow from the config.
+        ignored = tensor.startswith(self.ignored) or tensor.endswith(".rotary_emb.inv_freq")
+        return None if ignored else tensor
