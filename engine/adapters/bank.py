@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.errors import UserError
 from peftdyno.engine.pack import Root
 from peftdyno.engine.weights import DecoderWeights
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
@@ -20,7 +21,7 @@ from peftdyno.kernels.random import stream_key
 
 @dataclass
 class AdapterBank:
-    """R runs of a method. `flat` [R, P] holds all masters in fp32, `gradient` their gradients; `parameters` are
+    """R runs of a method. `flat` [R, P] holds all masters in fp32 (fp64 over an fp64 base), `gradient` their gradients; `parameters` are
     views of it by name, [R, ...]. Where runs differ in rank, a smaller one is padded with zeros that stay zero.
 
     `methods` and `seeds` have an entry for each run; `step` and `training` select the dropout masks.
@@ -47,18 +48,19 @@ class AdapterBank:
         cls, config: DecoderConfig, methods: Sequence[Method], seeds: Sequence[int], weights: DecoderWeights
     ) -> AdapterBank:
         """A bank at its methods' starts; each tensor of each run draws from its own stream of the run's seed."""
-        bank = cls.empty(config, methods, seeds, weights.embed.device)
-        if weights.embed.is_meta:
-            return bank
+        dtype = torch.promote_types(weights.embed.dtype, torch.float32)
+        bank = cls.empty(config, methods, seeds, weights.embed.device, dtype)
         with torch.no_grad():
+            bank.method.derive(bank, weights)
+            if weights.embed.is_meta:
+                return bank
             for run, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
                 for name, shape in method.parameters(config).items():
-                    random = np.random.Generator(
-                        np.random.Philox(key=stream_key(seed, f"init.{name}") % 2**64)
-                    )
+                    random = np.random.Generator(np.random.Philox(key=stream_key(seed, f"init.{name}") % 2**64))
                     start = method.initial(name, shape, random, weights)
                     target = bank.parameters[name][run][tuple(slice(n) for n in shape)]
                     target.copy_(torch.as_tensor(start))
+                method.start(bank, run)
         return bank
 
     @classmethod
@@ -68,13 +70,18 @@ class AdapterBank:
         methods: Sequence[Method],
         seeds: Sequence[int],
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> AdapterBank:
-        """A bank of zeros; all runs are of one method."""
+        """A bank of zeros, before `derive`; all runs are of one method.
+
+        UserError where runs differ in a field that a bank cannot vary.
+        """
         assert len({m.name for m in methods}) == 1 and len(methods) == len(seeds), (methods, seeds)
+        _check_same_fields(methods)
         shapes = _stacked_shapes([m.parameters(config) for m in methods])
         order = sorted(shapes, key=lambda name: methods[0].rate_factor(name))
         size = sum(int(np.prod(shape)) for shape in shapes.values())
-        flat, gradient = (torch.zeros(len(methods), size, device=device) for _ in range(2))
+        flat, gradient = (torch.zeros(len(methods), size, device=device, dtype=dtype) for _ in range(2))
         parameters, groups, start = {}, [], 0
         for name in order:
             stop = start + int(np.prod(shapes[name]))
@@ -149,6 +156,19 @@ class AdapterBank:
     def virtual_embeddings(self) -> Tensor:
         """Embeddings [R * n, D] of the virtual tokens."""
         return self.method.virtual_embeddings(self)
+
+
+def _check_same_fields(methods: Sequence[Method]) -> None:
+    """Every run has the first's value of each field that is not the run's own."""
+    first = methods[0]
+    for other in methods[1:]:
+        for item in fields(first):
+            mine, theirs = getattr(first, item.name), getattr(other, item.name)
+            if item.name not in first.per_run and mine != theirs:
+                raise UserError(
+                    f"runs of one bank differ in {first.name}.{item.name} ({mine} and {theirs}); "
+                    "give them one value or train them apart"
+                )
 
 
 def _stacked_shapes(shapes: Sequence[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:

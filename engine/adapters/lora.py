@@ -26,6 +26,7 @@ class LoRA(Method):
     """Rank-r update of each target projection; A starts uniform in +-1/sqrt(in), B at zero."""
 
     name: ClassVar[str] = "lora"
+    per_run: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rank_stabilised")
 
     rank: int = 16
     alpha: float = 16.0
@@ -87,15 +88,13 @@ class LoRA(Method):
             for module in targets
         )
         dropout = self.dropout if bank.training else 0.0
-        keys = (
-            torch.tensor([bank.keys(f"dropout.{module}", layer) for module in targets]) if dropout else None
-        )
+        keys = torch.tensor([bank.keys(f"dropout.{module}", layer) for module in targets]) if dropout else None
         return LinearEdits(low_rank=low_rank, dropout=dropout, keys=keys)
 
     def spare(self, bank: AdapterBank, layer: int, site: str) -> int:
         return len(self._targets(site)) * self.rank * bank.num_runs
 
-    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> None:
+    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
         for layer, layer_weights in enumerate(weights.layers):
             for site in SITES:
                 rows = module_rows(bank.config, site)
@@ -103,3 +102,4 @@ class LoRA(Method):
                     a, b = (bank.parameters[f"layers.{layer}.{module}.{x}"][run].detach() for x in "AB")
                     piece = getattr(layer_weights, site)[slice(*rows[module])]
                     piece.copy_((piece.float() + self.scaling * (b @ a)).to(piece.dtype))
+        return bank.config

@@ -16,6 +16,8 @@ from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
 
 if TYPE_CHECKING:
     from peftdyno.engine.adapters.bank import AdapterBank
+    from peftdyno.engine.adapters.peft_reader import AdapterFields, AdapterTensors
+    from peftdyno.engine.families.family import Family
 
 SITES: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -50,6 +52,10 @@ class Method:
     learning_rate: ClassVar[float] = 5e-5
     """PEFT-Bench's rate for the method."""
     weight_decay: ClassVar[float] = 1e-5
+    per_run: ClassVar[tuple[str, ...]] = ()
+    """Fields that may differ between the runs of a bank; the others are the same for all."""
+    peft_type: ClassVar[str | None] = None
+    """PEFT's word for the method in an adapter's config; None for a method that is stored in our own form."""
 
     def parameters(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every trained tensor of one run."""
@@ -60,6 +66,12 @@ class Method:
     ) -> np.ndarray[Any, Any] | Tensor:
         """Start of one tensor of one run; `random` is that tensor's own stream."""
         return np.zeros(shape, dtype=np.float32)
+
+    def derive(self, bank: AdapterBank, weights: DecoderWeights) -> None:
+        """Compute what depends on the base weights alone into `bank.buffers`, once, before any start."""
+
+    def start(self, bank: AdapterBank, run: int) -> None:
+        """Set the starts of a run that follow from what was derived or drawn; after `initial`."""
 
     def stored_count(self, config: DecoderConfig) -> int:
         """Values in the adapter file of one run; a method whose encoder is not stored says so here."""
@@ -115,17 +127,26 @@ class Method:
         """Embeddings [R * n, D] of the virtual tokens."""
         raise UserError(f"method '{self.name}' has no virtual tokens")
 
-    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> None:
-        """Fold a run into the base weights, in place; UserError where the method can't be folded."""
+    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
+        """Fold a run into the base weights, in place; the config of the model they then are.
+
+        UserError where the method can't be folded.
+        """
         raise UserError(f"method '{self.name}' cannot be merged into the base weights")
 
-    def to_peft(self, bank: AdapterBank, run: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's config fields and tensors of one run (names without the base model's prefix)."""
+    def to_peft(self, bank: AdapterBank, run: int, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Config fields (`peft_type` among them) and tensors of one run under the names of the adapter's file."""
         raise UserError(f"method '{self.name}' has no PEFT form")
 
     @classmethod
+    def recognises(cls, fields: AdapterFields, tensors: AdapterTensors) -> bool:
+        """Whether an adapter's files hold this method."""
+        return cls.peft_type is not None and fields.get("peft_type") == cls.peft_type
+
+    @classmethod
     def from_peft(
-        cls, fields: dict[str, Any], tensors: dict[str, Tensor], config: DecoderConfig
+        cls, fields: AdapterFields, tensors: AdapterTensors, config: DecoderConfig, family: Family
     ) -> tuple[Method, dict[str, Tensor]]:
-        """The method and its tensors out of PEFT's; takes what it knows out of `fields` and `tensors`."""
+        """The method and its tensors by our names; takes all it knows out of `fields` and `tensors`, and what it
+        leaves there is an error."""
         raise UserError(f"method '{cls.name}' has no PEFT form")
