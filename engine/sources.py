@@ -115,7 +115,13 @@ def _named_model(name: str) -> ModelFiles:
         return hub_model(builtin.hub_ids[0], name)
     if _is_hub_id(name):
         return hub_model(name, name)
-    raise unknown("model", name, builtin_names())
+    raise _not_found(name)
+
+
+def _not_found(name: str) -> UserError:
+    if name.startswith(("/", "./", "../", "~")):
+        return UserError(f"{name}: no such model folder")
+    return unknown("model", name, builtin_names())
 
 
 def _is_hub_id(name: str) -> bool:
@@ -194,4 +200,4 @@ def resolve_config(name: str | Path) -> DecoderConfig:
         from peftdyno.engine.hub import hub_config_folder
 
         return read_config(hub_config_folder(str(name)))
-    raise unknown("model", str(name), builtin_names())
+    raise _not_found(str(name))

@@ -120,10 +120,8 @@ class Tokenizer:
 
         A template spells out its special tokens; a plain prompt gets those the tokenizer adds in front.
         """
-        if self.template is not None:
-            ids = self.encode(prompt)
-        else:
-            ids = [*self._added_front(), *self.encode(prompt)]
+        front = [] if self.template is not None else self._added_front()
+        ids = [*front, *self.encode(prompt)]
         if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
             token = self.special_tokens["bos_token"]
             raise UserError(
@@ -171,7 +169,7 @@ class Tokenizer:
                 .from_string(self.template)
                 .render(messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens)
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise UserError(f"{self.origin}: the chat template failed ({error})") from error
 
 
@@ -181,12 +179,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     `strftime_now` is left out on purpose: templates that ask for it (Llama 3.1 and later) then use
     their fixed date, so prompts do not depend on the day.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise_template_error
     return environment
 
