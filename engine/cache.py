@@ -20,17 +20,13 @@ from peftdyno.kernels.attention import AttentionLayout, AttentionShape
 class KVCache:
     """Keys and values [layers, 2, T, K, d], the rows that the tokens now running write, and what they may see."""
 
-    def __init__(
-        self, config: DecoderConfig, pack: Pack, room: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: DecoderConfig, pack: Pack, room: int, dtype: torch.dtype, device: torch.device) -> None:
         self.room = room
         self.num_prompt_rows = pack.num_tokens
         rows = pack.num_tokens + len(pack.leaves) * room
         shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, config.head_dim)
         self.storage = torch.empty(shape, dtype=dtype, device=device)
-        self._paths = [
-            [key_range(pack.segments[j], rows) for j in path(pack.segments, leaf)] for leaf in pack.leaves
-        ]
+        self._paths = [[key_range(pack.segments[j], rows) for j in path(pack.segments, leaf)] for leaf in pack.leaves]
         self.write = torch.arange(pack.num_tokens, device=device)
         self.layout = _shifted(pack.layout, rows - pack.num_tokens, pack.num_tokens)
 
@@ -46,9 +42,7 @@ class KVCache:
             table.append((row, 1, first, len(chain)))
             write.append(start + length)
         self.write = torch.tensor(write, device=self.storage.device)
-        self.layout = AttentionLayout(
-            torch.tensor(table, dtype=torch.int32), torch.tensor(chain, dtype=torch.int32)
-        )
+        self.layout = AttentionLayout(torch.tensor(table, dtype=torch.int32), torch.tensor(chain, dtype=torch.int32))
 
     def attend(
         self,

@@ -60,20 +60,26 @@ class Decoder:
         """Cross-entropy of each label of the pack, [L] in fp32, in the order of `pack.labels`."""
         hidden = self.hidden(pack, bank, only_labels=True)
         hidden = hidden.index_select(0, pack.labels.place)
+        own = bank.head(hidden, TokenRuns(offsets=pack.labels.run_offsets))
+        if own is not None:
+            wide = self.softcap(own).to(torch.promote_types(own.dtype, torch.float32))
+            return torch.nn.functional.cross_entropy(wide, pack.labels.target, reduction="none")
         return label_loss(hidden, self.weights.head, pack.labels.target, softcap=self.config.logit_softcap)
 
-    def logits(
-        self, pack: Pack, bank: AdapterBank, rows: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """Logits [N, V] of every row, or of `rows` only."""
-        hidden = self.hidden(pack, bank, cache=cache)
+    def logits(self, pack: Pack, bank: AdapterBank, rows: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits [N, V] of every row, or of `rows` (ascending) only."""
+        hidden, runs = self.hidden(pack, bank, cache=cache), pack.runs
         if rows is not None:
-            hidden = hidden.index_select(0, rows)
-        return self.head(hidden)
+            hidden, runs = hidden.index_select(0, rows), _runs_of(rows, runs)
+        own = bank.head(hidden, runs)
+        return self.head(hidden) if own is None else self.softcap(own)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of normed hidden states, soft-capped where the family does."""
-        logits = torch.nn.functional.linear(hidden, self.weights.head)
+        """Logits of normed hidden states by the frozen head, soft-capped where the family does."""
+        return self.softcap(torch.nn.functional.linear(hidden, self.weights.head))
+
+    def softcap(self, logits: Tensor) -> Tensor:
+        """c tanh(logits / c) where the family caps its logits."""
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -96,7 +102,9 @@ class Decoder:
 
     def embed(self, pack: Pack, bank: AdapterBank) -> Tensor:
         """Rows of the embedding, scaled where the family does, with the bank's virtual tokens in their places."""
-        hidden = self.weights.embed.index_select(0, pack.tokens.clamp_min(0))
+        tokens = pack.tokens.clamp_min(0)
+        own = bank.embed(tokens, pack.runs)
+        hidden = self.weights.embed.index_select(0, tokens) if own is None else own
         if self.config.embedding_scale != 1.0:
             hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype)
         if not pack.virtual_rows.numel():
@@ -115,43 +123,28 @@ class Decoder:
         last: bool,
     ) -> tuple[Tensor, Tensor]:
         """One block: takes and gives (residual stream, what the block before still has to add to it)."""
-        normed, residual = self.norm(
-            "input_norm", i, weights.input_norm, bank, rows.runs, residual, delta, site="qkv"
-        )
+        normed, residual = self.norm("input_norm", i, weights.input_norm, bank, rows.runs, residual, delta, site="qkv")
         delta = self.attention(i, weights, rows, bank, normed)
         runs = rows.runs
         if last:
             runs, picked = rows.pack.labels.row_runs, rows.pack.labels.rows
-            delta, residual = delta.index_select(0, picked), residual.index_select(0, picked)
+            delta, residual, normed = (x.index_select(0, picked) for x in (delta, residual, normed))
         delta = self.linear("o", i, weights.o, weights.o_bias, bank, runs, delta)
-        delta = bank.branch(i, "attention", delta, runs)
+        delta = bank.branch(i, "attention", normed, delta, runs)
         if weights.attention_post_norm is not None:
             delta, _ = self.norm("attention_post_norm", i, weights.attention_post_norm, bank, runs, delta)
-        normed, residual = self.norm(
-            "mlp_norm", i, weights.mlp_norm, bank, runs, residual, delta, site="gate_up"
-        )
+        normed, residual = self.norm("mlp_norm", i, weights.mlp_norm, bank, runs, residual, delta, site="gate_up")
         delta = self.mlp(i, weights, bank, runs, normed)
-        delta = bank.branch(i, "mlp", delta, runs)
+        delta = bank.branch(i, "mlp", normed, delta, runs)
         if weights.mlp_post_norm is not None:
             delta, _ = self.norm("mlp_post_norm", i, weights.mlp_post_norm, bank, runs, delta)
         return residual, delta
 
-    def attention(
-        self, i: int, weights: LayerWeights, rows: Rows, bank: AdapterBank, normed: Tensor
-    ) -> Tensor:
+    def attention(self, i: int, weights: LayerWeights, rows: Rows, bank: AdapterBank, normed: Tensor) -> Tensor:
         """Fused projections, head norms, rotary embedding and attention over the pack: [N, H d]."""
-        config = self.config
         qkv = self.linear("qkv", i, weights.qkv, weights.qkv_bias, bank, rows.runs, normed)
         if weights.q_norm is not None and weights.k_norm is not None:
-            heads = config.num_attention_heads, config.num_key_value_heads
-            qkv = head_norm(
-                qkv,
-                weights.q_norm,
-                weights.k_norm,
-                heads=heads,
-                eps=config.rms_norm_eps,
-                offset=config.norm_offset,
-            )
+            qkv = self.head_norm(i, weights.q_norm, weights.k_norm, bank, rows.runs, qkv)
         shape = self.attention_shape(i)
         cos, sin = rows.rotary[self.rope_theta(i)]
         prefix = bank.prefix(i)
@@ -169,9 +162,25 @@ class Decoder:
             grad_spare=bank.spare(i, "qkv"),
         )
 
-    def mlp(
-        self, i: int, weights: LayerWeights, bank: AdapterBank, runs: TokenRuns, normed: Tensor
+    def head_norm(
+        self, i: int, q_weight: Tensor, k_weight: Tensor, bank: AdapterBank, runs: TokenRuns, qkv: Tensor
     ) -> Tensor:
+        """Norm of each query and key head; run by run where the bank has weights of its own."""
+        heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        options: dict[str, Any] = {
+            "heads": heads,
+            "eps": self.config.rms_norm_eps,
+            "offset": self.config.norm_offset,
+        }
+        tuned_q, tuned_k = bank.norm(i, "q_norm"), bank.norm(i, "k_norm")
+        if tuned_q is None and tuned_k is None:
+            return head_norm(qkv, q_weight, k_weight, **options)
+        q = q_weight.expand(bank.num_runs, -1) if tuned_q is None else tuned_q
+        k = k_weight.expand(bank.num_runs, -1) if tuned_k is None else tuned_k
+        pieces = zip(runs.split(qkv), q.unbind(0), k.unbind(0), strict=True)
+        return torch.cat([head_norm(*piece, **options) for piece in pieces])
+
+    def mlp(self, i: int, weights: LayerWeights, bank: AdapterBank, runs: TokenRuns, normed: Tensor) -> Tensor:
         """Gated MLP: [N, D]."""
         gate_up = self.linear("gate_up", i, weights.gate_up, None, bank, runs, normed)
         inner = glu(
@@ -194,7 +203,10 @@ class Decoder:
         runs: TokenRuns,
         x: Tensor,
     ) -> Tensor:
-        """Product with the weight of a site, and the bank's edits of it."""
+        """Product with the weight of a site and the bank's edits of it, or the bank's own product."""
+        own = bank.product(i, site, x, weight, bias, runs)
+        if own is not None:
+            return own
         spare = bank.spare(i, site)
         return adapted_linear(x, weight, bias, bank.linear(i, site), runs, x_spare=spare, border=spare)
 
@@ -264,6 +276,12 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
+def _runs_of(rows: Tensor, runs: TokenRuns) -> TokenRuns:
+    """Whose the picked rows are; they ascend, so each run's still lie together."""
+    bounds = torch.searchsorted(rows, torch.tensor(runs.offsets, device=rows.device))
+    return TokenRuns(offsets=tuple(bounds.tolist()))
+
+
 class _EnterLayer(torch.autograd.Function):
     """Passes the stream through and tells the scope which layer runs: i going forward, i - 1 going back."""
 
@@ -279,9 +297,7 @@ class _EnterLayer(torch.autograd.Function):
         return dresidual, ddelta, None, None
 
 
-def _enter_layer(
-    scope: Scope, i: int, residual: Tensor, delta: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _enter_layer(scope: Scope, i: int, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
     scope.layer = i
     if not residual.requires_grad and (delta is None or not delta.requires_grad):
         return residual, delta

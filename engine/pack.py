@@ -98,12 +98,8 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """Copy with the arrays on `device`; the attention tables stay on the CPU, where kernels read their shapes."""
-        moved = {
-            n: getattr(self, n).to(device) for n in ("tokens", "positions", "virtual_rows", "virtual_index")
-        }
-        labels = {
-            n: getattr(self.labels, n).to(device) for n in ("index", "target", "weight", "rows", "place")
-        }
+        moved = {n: getattr(self, n).to(device) for n in ("tokens", "positions", "virtual_rows", "virtual_index")}
+        labels = {n: getattr(self.labels, n).to(device) for n in ("index", "target", "weight", "rows", "place")}
         row_runs = _runs_to(self.labels.row_runs, device)
         return replace(
             self,
@@ -206,12 +202,7 @@ def _finish(
     tokens = torch.tensor(builder.tokens, dtype=torch.int64)
     virtual = torch.nonzero(tokens < 0).flatten()
     root_length = root.length if root is not None else 0
-    index = [
-        s.run * root_length + i
-        for s in builder.segments
-        if s.parent < 0 and root_length
-        for i in range(s.length)
-    ]
+    index = [s.run * root_length + i for s in builder.segments if s.parent < 0 and root_length for i in range(s.length)]
     return Pack(
         tokens=tokens,
         positions=torch.tensor(builder.positions, dtype=torch.int64),

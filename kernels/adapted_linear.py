@@ -5,6 +5,7 @@ y = (x W^T + b + sum of low-rank terms) * scale + shift, each on its own rows of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,10 @@ class TokenRuns:
     offsets: tuple[int, ...]
     streams: Tensor | None = None
 
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each run, R views of x [N, ...]."""
+        return x.split([b - a for a, b in itertools.pairwise(self.offsets)])
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -70,16 +75,12 @@ class _Plan:
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *parameters: Tensor) -> Tensor:
         edits, runs = plan.edits, list(plan.runs.offsets)
         a, b = _factors(edits, parameters)
         u = None
         if a:
-            y, u = lora_linear.FORWARD(
-                x, weight, bias, a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare
-            )
+            y, u = lora_linear.FORWARD(x, weight, bias, a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
         else:
             y = linear.FORWARD(x, weight, bias, plan.spare)
         before = []

@@ -21,8 +21,9 @@ from peftdyno.kernels.random import stream_key
 
 @dataclass
 class AdapterBank:
-    """R runs of a method. `flat` [R, P] holds all masters in fp32 (fp64 over an fp64 base), `gradient` their gradients; `parameters` are
-    views of it by name, [R, ...]. Where runs differ in rank, a smaller one is padded with zeros that stay zero.
+    """R runs of a method. `flat` [R, P] holds all masters in fp32 (fp64 over an fp64 base), `gradient` their gradients;
+    `parameters` are views of it by name, [R, ...]. Where runs differ in rank, a smaller one is padded with zeros that
+    stay zero.
 
     `methods` and `seeds` have an entry for each run; `step` and `training` select the dropout masks.
     """
@@ -133,21 +134,35 @@ class AdapterBank:
         """Edits of a fused product."""
         return self.method.linear(self, layer, site)
 
+    def product(
+        self, layer: int, site: str, x: Tensor, weight: Tensor, bias: Tensor | None, runs: TokenRuns
+    ) -> Tensor | None:
+        """The method's own fused product [N, out], or None."""
+        return self.method.product(self, layer, site, x, weight, bias, runs)
+
+    def embed(self, tokens: Tensor, runs: TokenRuns) -> Tensor | None:
+        """Rows [N, D] of the runs' own embeddings, or None."""
+        return self.method.embed(self, tokens, runs)
+
+    def head(self, hidden: Tensor, runs: TokenRuns) -> Tensor | None:
+        """Logits [N, V] by the runs' own heads, or None."""
+        return self.method.head(self, hidden, runs)
+
     def spare(self, layer: int, site: str) -> int:
         """Spare columns beside the input of a bordered product, 0 where products are not bordered."""
         return self.method.spare(self, layer, site) if self.bordered else 0
 
     def norm(self, layer: int, name: str) -> Tensor | None:
-        """Weights [R, D] in place of a norm's."""
+        """Weights [R, D] in place of a norm's ([R, d] for `q_norm` and `k_norm`)."""
         return self.method.norm(self, layer, name)
 
     def glu_scale(self, layer: int) -> Tensor | None:
         """Scale [R, F] of the input of down_proj."""
         return self.method.glu_scale(self, layer)
 
-    def branch(self, layer: int, place: str, x: Tensor, runs: TokenRuns) -> Tensor:
-        """The output of the attention or the MLP on its way to the residual stream."""
-        return self.method.branch(self, layer, place, x, runs)
+    def branch(self, layer: int, place: str, entered: Tensor, x: Tensor, runs: TokenRuns) -> Tensor:
+        """The output x of the attention or the MLP on its way to the residual stream; `entered` went in."""
+        return self.method.branch(self, layer, place, entered, x, runs)
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Keys and values [R * n, K, d] before every sequence."""

@@ -103,20 +103,42 @@ class Method:
         """Edits of a fused product."""
         return None
 
+    def product(
+        self,
+        bank: AdapterBank,
+        layer: int,
+        site: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        runs: TokenRuns,
+    ) -> Tensor | None:
+        """The method's own fused product [N, out] of x with the base's weight and bias, in place of the edited one."""
+        return None
+
+    def embed(self, bank: AdapterBank, tokens: Tensor, runs: TokenRuns) -> Tensor | None:
+        """Rows [N, D] of the runs' own embeddings, in place of the base's."""
+        return None
+
+    def head(self, bank: AdapterBank, hidden: Tensor, runs: TokenRuns) -> Tensor | None:
+        """Logits [N, V] by the runs' own heads, before any soft-cap, in place of the base's."""
+        return None
+
     def spare(self, bank: AdapterBank, layer: int, site: str) -> int:
         """Spare columns and rows a bordered product needs at a site."""
         return 0
 
     def norm(self, bank: AdapterBank, layer: int, name: str) -> Tensor | None:
-        """Weights [R, D] in place of a norm's; `layer` is -1 for the final norm."""
+        """Weights [R, D] in place of a norm's; `layer` is -1 for the final norm; `q_norm`, `k_norm` are [R, d]."""
         return None
 
     def glu_scale(self, bank: AdapterBank, layer: int) -> Tensor | None:
         """Scale [R, F] of the MLP's inner activation, the input of down_proj."""
         return None
 
-    def branch(self, bank: AdapterBank, layer: int, place: str, x: Tensor, runs: TokenRuns) -> Tensor:
-        """The output of the attention or the MLP (`place`), before it joins the residual stream."""
+    def branch(self, bank: AdapterBank, layer: int, place: str, entered: Tensor, x: Tensor, runs: TokenRuns) -> Tensor:
+        """The output x of the attention or the MLP (`place`), before it joins the residual stream; `entered` [N, D]
+        are the normed rows that went in."""
         return x
 
     def prefix(self, bank: AdapterBank, layer: int) -> tuple[Tensor, Tensor] | None:
