@@ -149,7 +149,7 @@ _OPERATIONS: dict[type[ast.AST], Callable[..., float]] = {
 
 def _value(node: ast.expr) -> float:
     """Value of a parsed arithmetic expression; no power, so that numbers stay as short as the text."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATIONS:
         return _OPERATIONS[type(node.op)](_value(node.operand))

@@ -231,6 +231,7 @@ def test_result_of_a_text(text: str, value: float | None) -> None:
         ("( 3 + 3 ) = 6 = 6", False, False),
         ("( " + "(" * 900 + ") = 6", False, False),
         ("(" + "9*" * 2000 + "1) = 6", False, False),
+        ("( True ) = 1", False, False),
         ("six", False, False),
     ],
 )
