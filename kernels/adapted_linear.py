@@ -55,7 +55,8 @@ class TokenRuns:
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows of each run, R views of x [N, ...]."""
-        return x.split([b - a for a, b in itertools.pairwise(self.offsets)])
+        pieces: tuple[Tensor, ...] = x.split([b - a for a, b in itertools.pairwise(self.offsets)])
+        return pieces
 
 
 @dataclass(frozen=True)

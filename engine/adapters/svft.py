@@ -1,0 +1,117 @@
+"""SVFT: y += U diag(m) V^T x on the fixed singular bases of each target weight, W = U S V^T
+(Lingam et al. 2024, arXiv:2405.19597, equation 1 with the plain, diagonal, pattern)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as product
+
+from peftdyno.engine.adapters.method import MODULES, SITES, module_rows, module_weight
+from peftdyno.engine.adapters.own_form import OwnForm
+from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.errors import UserError, unknown
+from peftdyno.engine.weights import DecoderWeights
+from peftdyno.kernels.adapted_linear import TokenRuns
+from peftdyno.kernels.linear import linear
+from peftdyno.kernels.rms_norm import rows_of_runs
+
+if TYPE_CHECKING:
+    from peftdyno.engine.adapters.bank import AdapterBank
+    from peftdyno.engine.families.family import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVFT(OwnForm):
+    """m [min(out, in)] of each target starts at zero, so the model starts as the base.
+
+    The bases are computed once in fp32 and shared by all runs of a bank, in the compute dtype: min(out, in) * (out +
+    in) values a target. A token's update is two products with them and a scale between, so R runs need no R-fold
+    copies. Stored are m and the hash of the target weights; each column of V has its largest entry made positive, so
+    the hash says which bases they were.
+    """
+
+    name: ClassVar[str] = "svft"
+
+    target_modules: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    weights_sha256: str = ""
+    """Hash of the target weights that the bases must come from; empty takes any."""
+
+    def __post_init__(self) -> None:
+        for module in self.target_modules:
+            if module not in MODULES:
+                raise unknown("svft.target_modules entry", module, MODULES)
+
+    def _targets(self, site: str) -> list[str]:
+        return [m for m in SITES[site] if m in self.target_modules]
+
+    def _places(self, config: DecoderConfig) -> list[tuple[int, str]]:
+        """(layer, module) of every target."""
+        targets = [m for m in MODULES if m in self.target_modules]
+        return [(layer, module) for layer in range(config.num_hidden_layers) for module in targets]
+
+    def parameters(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+        places = self._places(config)
+        return {f"layers.{layer}.{module}.m": (min(config.linear_shape(module)),) for layer, module in places}
+
+    def derive(self, bank: AdapterBank, weights: DecoderWeights) -> None:
+        digest = hashlib.sha256()
+        for layer, module in self._places(bank.config):
+            weight = module_weight(weights, bank.config, layer, module)
+            bank.buffers[f"layers.{layer}.{module}"] = singular_bases(weight)
+            if not weight.is_meta:
+                digest.update(weight.float().contiguous().cpu().numpy().tobytes())
+        bank.buffers["weights_sha256"] = digest.hexdigest()
+        if self.weights_sha256 and not weights.embed.is_meta and digest.hexdigest() != self.weights_sha256:
+            raise UserError(
+                f"svft: the adapter belongs to target weights of sha256 {self.weights_sha256}, the base model's have "
+                f"{digest.hexdigest()}; load the base model it was trained on"
+            )
+
+    def product(
+        self,
+        bank: AdapterBank,
+        layer: int,
+        site: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        runs: TokenRuns,
+    ) -> Tensor | None:
+        targets = self._targets(site)
+        if not targets:
+            return None
+        rows = module_rows(bank.config, site)
+        y = linear(x, weight, bias)
+        for module in targets:
+            name = f"layers.{layer}.{module}"
+            left, right = bank.buffers[name]
+            scale = rows_of_runs(bank.parameters[f"{name}.m"], runs.offsets)
+            y[:, slice(*rows[module])] += product(product(x, right) * scale.to(x.dtype), left)
+        return y
+
+    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
+        for layer, module in self._places(bank.config):
+            m = bank.parameters[f"layers.{layer}.{module}.m"][run].detach()
+            left, right = (x.to(m.dtype) for x in bank.buffers[f"layers.{layer}.{module}"])
+            weight = module_weight(weights, bank.config, layer, module)
+            weight.copy_(weight + (left * m) @ right)
+        return bank.config
+
+    def to_peft(self, bank: AdapterBank, run: int, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        fields, tensors = super().to_peft(bank, run, family)
+        return fields | {"weights_sha256": bank.buffers["weights_sha256"]}, tensors
+
+
+def singular_bases(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """U [out, k] and V^T [k, in] of a weight in its dtype, computed in fp32 or better; of the two signs of each pair
+    the one that makes the largest entry of V's column positive."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    left, _, right = torch.linalg.svd(wide, full_matrices=False)
+    largest = right.abs().argmax(dim=1, keepdim=True)
+    sign = right.gather(1, largest).sign()
+    return (left * sign.t()).to(weight.dtype), (right * sign).to(weight.dtype)
