@@ -14,7 +14,6 @@ from torch.nn.functional import gelu, linear, relu, silu
 
 from peftdyno.engine.adapters.encoder import uniform_start
 from peftdyno.engine.adapters.method import Method
-from peftdyno.engine.adapters.own_form import OwnForm
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.weights import DecoderWeights
@@ -29,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bottleneck(OwnForm):
+class Bottleneck(Method):
     """y = h + s (up f(down z + b) + c) with h the output of attention or MLP (`places`) and z = h (sequential) or what
     entered it (parallel). down [m, D] with m = D / `reduction`; up starts at zero, so the model starts as the base."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peftdyno.engine.adapters.own_form import OwnForm
+from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.weights import DecoderWeights, field_shape, layer_parts
 from peftdyno.kernels.adapted_linear import TokenRuns
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(OwnForm):
+class Full(Method):
     """Each run trains a copy of all base weights, under the names of `DecoderWeights`; a tied head is the embedding.
 
     A token meets the weights of its run alone, in plain PyTorch run by run: written to be right, not to be fast.

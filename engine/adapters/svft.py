@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as product
 
-from peftdyno.engine.adapters.method import MODULES, SITES, module_rows, module_weight
-from peftdyno.engine.adapters.own_form import OwnForm
+from peftdyno.engine.adapters.method import MODULES, SITES, Method, module_rows, module_weight
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.weights import DecoderWeights
@@ -22,11 +21,10 @@ from peftdyno.kernels.rms_norm import rows_of_runs
 
 if TYPE_CHECKING:
     from peftdyno.engine.adapters.bank import AdapterBank
-    from peftdyno.engine.families.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVFT(OwnForm):
+class SVFT(Method):
     """m [min(out, in)] of each target starts at zero, so the model starts as the base.
 
     The bases are computed once in fp32 and shared by all runs of a bank, in the compute dtype: min(out, in) * (out +
@@ -36,10 +34,11 @@ class SVFT(OwnForm):
     """
 
     name: ClassVar[str] = "svft"
+    per_run: ClassVar[tuple[str, ...]] = ("weights_sha256",)
 
     target_modules: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
     weights_sha256: str = ""
-    """Hash of the target weights that the bases must come from; empty takes any."""
+    """Hash of the target weights (in fp32) that the bases come from; a bank fills in an empty one."""
 
     def __post_init__(self) -> None:
         for module in self.target_modules:
@@ -65,12 +64,8 @@ class SVFT(OwnForm):
             bank.buffers[f"layers.{layer}.{module}"] = singular_bases(weight)
             if not weight.is_meta:
                 digest.update(weight.float().contiguous().cpu().numpy().tobytes())
-        bank.buffers["weights_sha256"] = digest.hexdigest()
-        if self.weights_sha256 and not weights.embed.is_meta and digest.hexdigest() != self.weights_sha256:
-            raise UserError(
-                f"svft: the adapter belongs to target weights of sha256 {self.weights_sha256}, the base model's have "
-                f"{digest.hexdigest()}; load the base model it was trained on"
-            )
+        if not weights.embed.is_meta:
+            bank.methods = tuple(_identified(method, digest.hexdigest()) for method in bank.methods)
 
     def product(
         self,
@@ -102,9 +97,16 @@ class SVFT(OwnForm):
             weight.copy_(weight + (left * m) @ right)
         return bank.config
 
-    def to_peft(self, bank: AdapterBank, run: int, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        fields, tensors = super().to_peft(bank, run, family)
-        return fields | {"weights_sha256": bank.buffers["weights_sha256"]}, tensors
+
+def _identified(method: Method, digest: str) -> SVFT:
+    """The method with the hash of the weights its bases come from; UserError where it was trained on others."""
+    assert isinstance(method, SVFT)
+    if method.weights_sha256 not in ("", digest):
+        raise UserError(
+            f"svft: the adapter belongs to target weights of sha256 {method.weights_sha256}, those of the base model "
+            f"have {digest}; load the base model that it was trained on"
+        )
+    return replace(method, weights_sha256=digest)
 
 
 def singular_bases(weight: Tensor) -> tuple[Tensor, Tensor]:
