@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -56,12 +56,29 @@ class AdapterBank:
             if weights.embed.is_meta:
                 return bank
             for run, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
-                for name, shape in method.parameters(config).items():
+                for name, target in bank.run_tensors(run).items():
                     random = np.random.Generator(np.random.Philox(key=stream_key(seed, f"init.{name}") % 2**64))
-                    start = method.initial(name, shape, random, weights)
-                    target = bank.parameters[name][run][tuple(slice(n) for n in shape)]
-                    target.copy_(torch.as_tensor(start))
+                    target.copy_(torch.as_tensor(method.initial(name, tuple(target.shape), random, weights)))
                 method.start(bank, run)
+        return bank
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: DecoderConfig,
+        methods: Sequence[Method],
+        tensors: Sequence[Mapping[str, Tensor]],
+        weights: DecoderWeights,
+        seeds: Sequence[int] | None = None,
+    ) -> AdapterBank:
+        """A bank of trained runs, each given as its tensors by name."""
+        dtype = torch.promote_types(weights.embed.dtype, torch.float32)
+        bank = cls.empty(config, methods, seeds or [0] * len(methods), weights.embed.device, dtype)
+        with torch.no_grad():
+            bank.method.derive(bank, weights)
+            for run, values in enumerate(tensors):
+                for name, target in bank.run_tensors(run).items():
+                    target.copy_(values[name])
         return bank
 
     @classmethod
@@ -111,6 +128,13 @@ class AdapterBank:
     def trainable_count(self, run: int = 0) -> int:
         """Trained values of one run, padding left out."""
         return self.methods[run].trainable_count(self.config)
+
+    def run_tensors(self, run: int) -> dict[str, Tensor]:
+        """Views of one run's parameters by name, padding left out and apart from the graph."""
+        shapes = self.methods[run].parameters(self.config)
+        return {
+            name: self.parameters[name].detach()[run][tuple(slice(n) for n in shape)] for name, shape in shapes.items()
+        }
 
     def begin(self, step: int, *, training: bool) -> None:
         """Start a step: choose its random streams and compute what the method needs once for it."""
@@ -179,7 +203,7 @@ def _check_same_fields(methods: Sequence[Method]) -> None:
     for other in methods[1:]:
         for item in fields(first):
             mine, theirs = getattr(first, item.name), getattr(other, item.name)
-            if item.name not in first.per_run and mine != theirs:
+            if item.name not in {*first.varying()} & {*other.varying()} and mine != theirs:
                 raise UserError(
                     f"runs of one bank differ in {first.name}.{item.name} ({mine} and {theirs}); "
                     "give them one value or train them apart"

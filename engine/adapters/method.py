@@ -41,6 +41,23 @@ def module_rows(config: DecoderConfig, site: str) -> dict[str, tuple[int, int]]:
     return rows
 
 
+SITE_OF = {module: site for site, modules in SITES.items() for module in modules}
+"""Projection -> the fused product that holds its rows."""
+
+
+def module_weight(weights: DecoderWeights, config: DecoderConfig, layer: int, module: str) -> Tensor:
+    """View [out, in] of one projection's rows."""
+    fused: Tensor = getattr(weights.layers[layer], SITE_OF[module])
+    return fused[slice(*module_rows(config, SITE_OF[module])[module])]
+
+
+def module_bias(weights: DecoderWeights, config: DecoderConfig, layer: int, module: str) -> Tensor | None:
+    """View [out] of one projection's bias, None where the model has none."""
+    site = SITE_OF[module]
+    fused: Tensor | None = getattr(weights.layers[layer], f"{site}_bias", None)
+    return None if fused is None else fused[slice(*module_rows(config, site)[module])]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Hyperparameters of a method, and its hooks; a hook not overridden leaves the base model as it is.
@@ -54,8 +71,14 @@ class Method:
     weight_decay: ClassVar[float] = 1e-5
     per_run: ClassVar[tuple[str, ...]] = ()
     """Fields that may differ between the runs of a bank; the others are the same for all."""
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Fields that a trained adapter does not depend on."""
     peft_type: ClassVar[str | None] = None
     """PEFT's word for the method in an adapter's config; None for a method that is stored in our own form."""
+
+    def varying(self) -> tuple[str, ...]:
+        """The fields that may differ between the runs of a bank, with the values that the others have."""
+        return self.per_run
 
     def parameters(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every trained tensor of one run."""
