@@ -1,0 +1,64 @@
+"""Triton kernels, a file an operator; imported at the first call of one, so that `peftdyno.kernels` needs no Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+OPERATORS = {
+    "adamw_": "adamw.update",
+    "attention": "attention.forward",
+    "attention_backward": "attention_backward.backward",
+    "bank_column_sums": "bank_affine.column_sums",
+    "bank_scale_": "bank_affine.scale",
+    "bank_shift_": "bank_affine.shift",
+    "glu": "glu.forward",
+    "glu_backward": "glu.backward",
+    "label_loss": "label_loss.forward",
+    "linear": "linear.forward",
+    "linear_backward": "linear.backward",
+    "lora_linear": "lora_linear.forward",
+    "lora_linear_backward": "lora_linear.backward",
+    "rms_norm": "rms_norm.forward",
+    "rms_norm_backward": "rms_norm.backward",
+    "rotary_": "rotary.turn",
+    "scale_rows": "label_loss.scale_rows",
+}
+"""Operator -> the module of this folder and its function."""
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to run kernels on the CPU, for tests (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available() -> bool:
+    """Whether Triton is installed and has something to run on."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return interpreted() or torch.cuda.is_available()
+
+
+@functools.cache
+def load(name: str) -> Callable[..., Any]:
+    """The implementation of an operator."""
+    module, function = OPERATORS[name].split(".")
+    implementation: Callable[..., Any] = getattr(importlib.import_module(f"peftdyno.kernels.triton.{module}"), function)
+    return implementation
+
+
+def implementations(name: str) -> dict[str, Callable[..., Any]]:
+    """`{"triton": operator}` where Triton can run here, else nothing."""
+    if name not in OPERATORS or not available():
+        return {}
+
+    def call(*args: Any) -> Any:
+        return load(name)(*args)
+
+    return {"triton": call}

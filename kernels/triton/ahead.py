@@ -1,0 +1,138 @@
+"""Compile every kernel for sm_80, sm_90 and sm_100 without a GPU, and hold what it uses to its limits.
+
+Run `python -m peftdyno.kernels.triton.ahead [--arch 90] [--only NAME] [--json FILE]`; exits with 1 where one is broken.
+Tensor-core instructions are read off the machine code: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from peftdyno.kernels.triton.compiled import Compiled
+
+MODULES = (
+    "row_chunks",
+    "rms_norm",
+    "glu",
+    "rotary",
+    "bank_affine",
+    "label_loss",
+    "adamw",
+    "dropout",
+    "low_rank",
+    "skinny",
+)
+ARCHITECTURES = (80, 90, 100)
+_MATRIX = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel uses on one architecture; `broken` names the limits it exceeds."""
+
+    kernel: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+    broken: tuple[str, ...]
+
+
+def cases() -> list[Compiled]:
+    """All variants, in the order of the modules."""
+    found: list[Compiled] = []
+    for name in MODULES:
+        found += importlib.import_module(f"peftdyno.kernels.triton.{name}").COMPILED
+    return found
+
+
+def _attributes(case: Compiled) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Pointers, strides and widths are multiples of 16 in models of any size; other integers are what they are."""
+    names = case.kernel.arg_names
+    wide = [n for n, t in case.signature.items() if t.startswith("*") or n in case.aligned]
+    return {(names.index(n),): [["tt.divisibility", 16]] for n in wide}
+
+
+def compiled(case: Compiled, arch: int) -> Any:
+    """The compiled kernel."""
+    signature = {n: "constexpr" if n in case.constants else case.signature[n] for n in case.kernel.arg_names}
+    constants = {(case.kernel.arg_names.index(n),): value for n, value in case.constants.items()}
+    source = ASTSource(case.kernel, signature, constants, _attributes(case))
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _tool(name: str) -> str:
+    from triton import knobs
+
+    return str(getattr(knobs.nvidia, name).path)
+
+
+def _resources(machine_code: bytes) -> tuple[int, int, str]:
+    """Registers a thread, bytes of local memory, and the kinds of tensor-core instruction."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(machine_code)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        listing = subprocess.run([_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True)
+    text = usage.stdout + usage.stderr
+    registers, stack, local = (int(re.search(rf"{n}:(\d+)", text)[1]) for n in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return registers, stack + local, "+".join(sorted(set(_MATRIX.findall(listing.stdout))))
+
+
+def measure(case: Compiled, arch: int) -> Usage:
+    """What the kernel uses, against its limits."""
+    kernel = compiled(case, arch)
+    registers, spills, matrix = _resources(kernel.asm["cubin"])
+    shared, limits = kernel.metadata.shared, case.limits
+    checks = {
+        f"registers > {limits.registers}": registers > limits.registers,
+        f"spills > {limits.spills}": spills > limits.spills,
+        f"shared > {limits.shared}": shared > limits.shared,
+        "no tensor cores": limits.matrix and not matrix,
+    }
+    return Usage(case.name, arch, registers, spills, shared, matrix, tuple(n for n, bad in checks.items() if bad))
+
+
+def table(usages: list[Usage]) -> str:
+    """One line a kernel and architecture."""
+    lines = [f"{'kernel':<34}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}  tensor cores"]
+    for u in usages:
+        broken = f"  <- {', '.join(u.broken)}" if u.broken else ""
+        arch = f"sm_{u.arch}"
+        lines.append(f"{u.kernel:<34}{arch:>7}{u.registers:>6}{u.spills:>7}{u.shared:>8}  {u.matrix or '-'}{broken}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compile, print the table, and say with the exit code whether every limit holds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="part of the kernel's name")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    chosen = [case for case in cases() if options.only in case.name]
+    usages = [measure(case, arch) for case in chosen for arch in options.arch or ARCHITECTURES]
+    print(f"triton {triton.__version__}\n{table(usages)}")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(u) for u in usages], indent=1))
+    return int(not usages or any(u.broken for u in usages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Frozen product with low-rank terms on a GPU, two forms.
+
+Bordered: x A^T stands in the columns to the right of x, s B in those to the right of W, and ONE library product
+gives y; A stands in the rows below W, and ONE library product gives dx, where dropout does not mask the term.
+Plain: the base product, then the low-rank term added by a second product that reads and writes y (or dx) again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.triton.low_rank import Modules, modules_of, pack
+from peftdyno.kernels.triton.skinny import Dropout, add_masked, outer, project
+
+
+def _dropout(probability: float, streams: Tensor | None, keys: Tensor | None, like: Tensor) -> Dropout | None:
+    if probability == 0.0:
+        return None
+    assert streams is not None and keys is not None, "dropout needs the tokens' identities and the runs' keys"
+    return Dropout(probability, streams, keys.to(like.device, non_blocking=True).contiguous())
+
+
+def _widened(x: Tensor, columns: int) -> Tensor:
+    """x with the columns that lie to the right of its rows in memory."""
+    return x.as_strided((x.shape[0], x.shape[1] + columns), x.stride())
+
+
+def _below(weight: Tensor, rows: int) -> Tensor:
+    """The spare rows below a bordered weight."""
+    start = weight.storage_offset() + weight.shape[0] * weight.stride(0)
+    return weight.as_strided((rows, weight.shape[1]), weight.stride(), start)
+
+
+def _has_spare(x: Tensor, columns: int) -> bool:
+    """Whether a gradient lies in memory of its own with `columns` free to the right of each row."""
+    n, width = x.shape
+    allocated = x.untyped_storage().nbytes() // x.element_size()
+    return (
+        columns > 0
+        and x.storage_offset() == 0
+        and x.stride() == (width + columns, 1)
+        and allocated == n * (width + columns)
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    run_offsets: Sequence[int],
+    dropout: float,
+    streams: Tensor | None,
+    keys: Tensor | None,
+    x_spare: int,
+    border: int,
+    spare: int,
+) -> tuple[Tensor, Tensor]:
+    """y [N, out] and u [N, sum of r]."""
+    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, x)
+    n, out = x.shape[0], weight.shape[0]
+    y = with_spare(n, out, spare, x)
+    if min(x_spare, border) >= modules.spread:
+        whole, factors = _widened(x, border), _widened(weight, border)
+        pack(a, b, modules, _below(weight, border), factors[:, weight.shape[1] :])
+        wide = whole[:, x.shape[1] :]
+        wide[:, modules.spread :].zero_()
+        u = project(x, _below(weight, border), modules, run_offsets, wide, of_b=False, dropout=drop)
+        return _product(whole, factors, bias, y), u
+    down, up, by_run = _scratch(x, weight, modules)
+    pack(a, b, modules, down, up)
+    u = project(x, down, modules, run_offsets, by_run, of_b=False, dropout=drop)
+    return _product(x, weight, bias, y).addmm_(u if by_run is None else by_run, up.t()), u
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=y)
+    return torch.addmm(bias, x, weight.t(), out=y)
+
+
+def _scratch(x: Tensor, weight: Tensor, modules: Modules) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for A, s B and, with several runs, u spread over the runs' columns."""
+    down, up = x.new_empty(modules.spread, weight.shape[1]), x.new_empty(weight.shape[0], modules.spread)
+    return down, up, x.new_empty(x.shape[0], modules.spread) if modules.num_runs > 1 else None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    run_offsets: Sequence[int],
+    dropout: float,
+    streams: Tensor | None,
+    keys: Tensor | None,
+    border: int,
+    need_x: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of x (empty unless needed) and, in fp32, of every A and B."""
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, dy)
+    one_product = need_x and drop is None and border >= modules.spread and _has_spare(dy, border)
+    down, up, wide = _scratch(dy, weight, modules)
+    if one_product:
+        down, wide = _below(weight, border), _widened(dy, border)[:, dy.shape[1] :]
+        wide[:, modules.spread :].zero_()
+    pack(a, b, modules, down if need_x else None, up)
+    du = project(dy, up, modules, run_offsets, wide if need_x and drop is None else None, of_b=True)
+    da = outer(du, x, modules, run_offsets, of_b=False, dropout=drop)
+    db = outer(u, dy, modules, run_offsets, of_b=True)
+    if not need_x:
+        return dy.new_empty(0), da, db
+    if one_product:
+        stacked = weight.as_strided((weight.shape[0] + border, weight.shape[1]), weight.stride())
+        return torch.mm(_widened(dy, border), stacked), da, db
+    dx = torch.mm(dy, weight)
+    if drop is not None:
+        add_masked(dx, du, down, modules, run_offsets, drop)
+    else:
+        dx.addmm_(du if wide is None else wide, down)
+    return dx, da, db

@@ -1,0 +1,281 @@
+"""Products of token rows with low-rank factors: x A^T and dy B (long sums), dA and dB (sums over tokens), and the
+masked term of dx. One launch serves all modules and runs; sums over tokens are finished in a second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftdyno.kernels.random import threshold
+from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.triton.dropout import keep
+from peftdyno.kernels.triton.low_rank import Modules, field
+from peftdyno.kernels.triton.row_chunks import row_chunks, sum_chunks
+
+PROJECT_TOKENS, PROJECT_BLOCK = 32, 128
+OUTER_CHUNK, OUTER_TOKENS, OUTER_BLOCK = 1024, 64, 128
+ADD_TOKENS, ADD_BLOCK = 64, 128
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Of one product's input: probability, token identities [N], keys [M, R] on the device of the tokens."""
+
+    probability: float
+    streams: Tensor
+    keys: Tensor
+
+    @property
+    def limit(self) -> int:
+        """16-bit halves below it are dropped."""
+        return threshold(self.probability)
+
+    @property
+    def kept(self) -> float:
+        """1 / (the share that is kept)."""
+        return 1.0 / (1.0 - self.limit / 65536)
+
+
+@triton.jit
+def _project(
+    source, factor, narrow, wide, table, modules, streams, keys, K, source_stride, factor_p, factor_k,
+    narrow_stride, wide_stride, num_runs, limit, kept,
+    OWN_COLUMNS: tl.constexpr, DROP: tl.constexpr, WIDE: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m, chunk = tl.program_id(0), tl.program_id(1)
+    start, stop = tl.load(table + 3 * chunk), tl.load(table + 3 * chunk + 1)
+    run = tl.load(table + 3 * chunk + 2)
+    rank, p0 = field(modules, m, 0, ALIGNED), field(modules, m, 2, ALIGNED)
+    rows, r = start + tl.arange(0, TOKENS), tl.arange(0, RANK)
+    row = rows.to(tl.int64)[:, None]
+    here = (rows < stop)[:, None]
+    if OWN_COLUMNS:
+        first = field(modules, m, 3, ALIGNED)
+        length = field(modules, m, 4, ALIGNED) - first
+        source += first
+        factor += first.to(tl.int64) * factor_k
+    else:
+        length = K
+    if DROP:
+        stream = tl.load(streams + rows, mask=rows < stop, other=0)
+        key = tl.load(keys + m * num_runs + run)
+    p = (p0 + run * rank + r).to(tl.int64)
+    total = tl.zeros([TOKENS, RANK], tl.float32)
+    for k0 in range(0, length, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        x = tl.load(source + row * source_stride + k[None, :], mask=here & (k < length)[None, :], other=0.0)
+        if DROP:
+            x = tl.where(keep(stream, key, k0, limit, BLOCK), x, 0.0)
+        at = factor + p[None, :] * factor_p + k[:, None].to(tl.int64) * factor_k
+        f = tl.load(at, mask=(k < length)[:, None] & (r < rank)[None, :], other=0.0)
+        total = tl.dot(x, f, total, input_precision=PRECISION)
+    value = (total * kept).to(narrow.dtype.element_ty)
+    u0 = field(modules, m, 1, ALIGNED)
+    inside = here & (r < rank)[None, :]
+    tl.store(narrow + row * narrow_stride + u0 + r[None, :], value, mask=inside)
+    if WIDE:
+        for j in range(num_runs):
+            at = wide + row * wide_stride + p0 + j * rank + r[None, :]
+            tl.store(at, tl.where(j == run, value, 0.0), mask=inside)
+
+
+@triton.jit
+def _outer(
+    left, right, partials, table, modules, streams, keys, factors, K, left_stride, right_stride, width,
+    num_runs, limit,
+    OF_B: tl.constexpr, DROP: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m, chunk = tl.program_id(1), tl.program_id(2)
+    start, stop = tl.load(table + 3 * chunk), tl.load(table + 3 * chunk + 1)
+    run = tl.load(table + 3 * chunk + 2)
+    rank, u0 = field(modules, m, 0, ALIGNED), field(modules, m, 1, ALIGNED)
+    c0, r = tl.program_id(0) * BLOCK, tl.arange(0, RANK)
+    c = c0 + tl.arange(0, BLOCK)
+    partials += chunk.to(tl.int64) * width
+    if OF_B:
+        first = field(modules, m, 3, ALIGNED)
+        length = field(modules, m, 4, ALIGNED) - first
+        right += first
+        at = partials + field(modules, m, 5, ALIGNED) + c[None, :].to(tl.int64) * rank + r[:, None]
+    else:
+        length = K
+        at = partials + u0.to(tl.int64) * K + r[:, None].to(tl.int64) * K + c[None, :]
+    if c0 < length:
+        total = tl.zeros([RANK, BLOCK], tl.float32)
+        if DROP:
+            key = tl.load(keys + m * num_runs + run)
+        for t0 in range(start, stop, TOKENS):
+            rows = t0 + tl.arange(0, TOKENS)
+            row = rows.to(tl.int64)
+            u = tl.load(
+                left + row[None, :] * left_stride + u0 + r[:, None],
+                mask=(rows < stop)[None, :] & (r < rank)[:, None],
+                other=0.0,
+            )
+            x = tl.load(
+                right + row[:, None] * right_stride + c[None, :],
+                mask=(rows < stop)[:, None] & (c < length)[None, :],
+                other=0.0,
+            )
+            if DROP:
+                stream = tl.load(streams + rows, mask=rows < stop, other=0)
+                x = tl.where(keep(stream, key, c0, limit, BLOCK), x, 0.0)
+            total = tl.dot(u, x, total, input_precision=PRECISION)
+        total *= tl.load(factors + m * num_runs + run)
+        tl.store(at, total, mask=(r < rank)[:, None] & (c < length)[None, :])
+
+
+@triton.jit
+def _add_masked(
+    dx, du, down, table, modules, streams, keys, K, num_modules, num_runs, dx_stride, du_stride, down_stride,
+    limit, kept,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, c0 = tl.program_id(1), tl.program_id(0) * BLOCK
+    start, stop = tl.load(table + 3 * chunk), tl.load(table + 3 * chunk + 1)
+    run = tl.load(table + 3 * chunk + 2)
+    rows, c, r = start + tl.arange(0, TOKENS), c0 + tl.arange(0, BLOCK), tl.arange(0, RANK)
+    row = rows.to(tl.int64)[:, None]
+    here, inside = (rows < stop)[:, None], (c < K)[None, :]
+    stream = tl.load(streams + rows, mask=rows < stop, other=0)
+    total = tl.zeros([TOKENS, BLOCK], tl.float32)
+    for m in range(num_modules):
+        rank, u0 = field(modules, m, 0, ALIGNED), field(modules, m, 1, ALIGNED)
+        p = (field(modules, m, 2, ALIGNED) + run * rank + r).to(tl.int64)[:, None]
+        u = tl.load(du + row * du_stride + u0 + r[None, :], mask=here & (r < rank)[None, :], other=0.0)
+        a = tl.load(down + p * down_stride + c[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
+        term = tl.dot(u, a, input_precision=PRECISION)
+        key = tl.load(keys + m * num_runs + run)
+        total += tl.where(keep(stream, key, c0, limit, BLOCK), term, 0.0)
+    at = dx + row * dx_stride + c[None, :]
+    value = tl.load(at, mask=here & inside, other=0.0).to(tl.float32) + kept * total
+    tl.store(at, value.to(dx.dtype.element_ty), mask=here & inside)
+
+
+def _precision(x: Tensor) -> str:
+    """float32 products in full; narrower types are exact in any case."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def project(
+    x: Tensor,
+    factor: Tensor,
+    modules: Modules,
+    runs: Sequence[int],
+    wide: Tensor | None,
+    *,
+    of_b: bool,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """u [N, sum of r]: each token's row times its run's factors, A (`factor` [P, in]) or, `of_b`, s B [out, P].
+
+    `wide` [N, P] receives the same with zeros in the columns of other runs.
+    """
+    n = x.shape[0]
+    u = x.new_empty(n, modules.columns)
+    chunks = row_chunks(runs, PROJECT_TOKENS, x.device)
+    strides = (factor.stride(1), factor.stride(0)) if of_b else factor.stride()
+    if chunks.count:
+        _project[(len(modules.ranks), chunks.count)](
+            x, factor, u, u if wide is None else wide, chunks.table, modules.table,
+            modules.table if dropout is None else dropout.streams, modules.table if dropout is None else dropout.keys,
+            x.shape[1], x.stride(0), *strides, u.stride(0), 0 if wide is None else wide.stride(0),
+            modules.num_runs, 0 if dropout is None else dropout.limit, 1.0 if dropout is None else dropout.kept,
+            OWN_COLUMNS=of_b, DROP=dropout is not None, WIDE=wide is not None, RANK=modules.rank,
+            TOKENS=PROJECT_TOKENS, BLOCK=PROJECT_BLOCK, ALIGNED=modules.aligned, PRECISION=_precision(x),
+            num_warps=8, num_stages=4,
+        )  # fmt: skip
+    return u
+
+
+def outer(
+    left: Tensor,
+    right: Tensor,
+    modules: Modules,
+    runs: Sequence[int],
+    *,
+    of_b: bool,
+    dropout: Dropout | None = None,
+) -> list[Tensor]:
+    """Every module's dA [R, r, in] = du^T drop(x) or, `of_b`, dB [R, out, r] = s dy^T u, in fp32."""
+    k = right.shape[1]
+    shapes = [
+        (stop - start, rank) if of_b else (rank, k)
+        for rank, (start, stop) in zip(modules.ranks, modules.rows, strict=True)
+    ]
+    width = sum(a * b for a, b in shapes)
+    chunks = row_chunks(runs, OUTER_CHUNK, right.device)
+    partials = left.new_empty(chunks.count, width, dtype=torch.float32)
+    factors = modules.scaling if of_b else torch.full_like(modules.scaling, 1.0 if dropout is None else dropout.kept)
+    longest = max(stop - start for start, stop in modules.rows) if of_b else k
+    if chunks.count:
+        _outer[(triton.cdiv(longest, OUTER_BLOCK), len(modules.ranks), chunks.count)](
+            left, right, partials, chunks.table, modules.table,
+            modules.table if dropout is None else dropout.streams, modules.table if dropout is None else dropout.keys,
+            factors, k, left.stride(0), right.stride(0), width, modules.num_runs,
+            0 if dropout is None else dropout.limit,
+            OF_B=of_b, DROP=dropout is not None, RANK=modules.rank, TOKENS=OUTER_TOKENS, BLOCK=OUTER_BLOCK,
+            ALIGNED=modules.aligned, PRECISION=_precision(right), num_warps=4, num_stages=3,
+        )  # fmt: skip
+    sums = sum_chunks(partials, chunks).view(modules.num_runs, width)
+    pieces = sums.split([a * b for a, b in shapes], dim=1)
+    return [piece.unflatten(1, shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def add_masked(dx: Tensor, du: Tensor, down: Tensor, modules: Modules, runs: Sequence[int], dropout: Dropout) -> None:
+    """dx += sum over modules of mask_m (du_m A_m) / (1 - p), in place; the masks are drawn again."""
+    chunks, k = row_chunks(runs, ADD_TOKENS, dx.device), dx.shape[1]
+    if chunks.count:
+        _add_masked[(triton.cdiv(k, ADD_BLOCK), chunks.count)](
+            dx, du, down, chunks.table, modules.table, dropout.streams, dropout.keys, k, len(modules.ranks),
+            modules.num_runs, dx.stride(0), du.stride(0), down.stride(0), dropout.limit, dropout.kept,
+            RANK=modules.rank, TOKENS=ADD_TOKENS, BLOCK=ADD_BLOCK, ALIGNED=modules.aligned,
+            PRECISION=_precision(dx), num_warps=8, num_stages=2,
+        )  # fmt: skip
+
+
+def _types(names: str, **others: str) -> dict[str, str]:
+    known = {"table": "*i32", "modules": "*i32", "streams": "*i64", "keys": "*i64", "kept": "fp32"}
+    return {name: (others | known).get(name, "i32") for name in names.split()}
+
+
+def _cases() -> list[Compiled]:
+    project_types = _types(
+        "source factor narrow wide table modules streams keys K source_stride factor_p factor_k narrow_stride"
+        " wide_stride num_runs limit kept",
+        source="*bf16", factor="*bf16", narrow="*bf16", wide="*bf16",
+    )  # fmt: skip
+    outer_types = _types(
+        "left right partials table modules streams keys factors K left_stride right_stride width num_runs limit",
+        left="*bf16", right="*bf16", partials="*fp32", factors="*fp32",
+    )  # fmt: skip
+    add_types = _types(
+        "dx du down table modules streams keys K num_modules num_runs dx_stride du_stride down_stride limit kept",
+        dx="*bf16", du="*bf16", down="*bf16",
+    )  # fmt: skip
+    shared = {"RANK": 16, "ALIGNED": True, "PRECISION": "tf32"}
+    projecting = shared | {"WIDE": True, "TOKENS": PROJECT_TOKENS, "BLOCK": PROJECT_BLOCK}
+    summing = shared | {"TOKENS": OUTER_TOKENS, "BLOCK": OUTER_BLOCK}
+    adding = shared | {"TOKENS": ADD_TOKENS, "BLOCK": ADD_BLOCK}
+    narrow, tall = {"OWN_COLUMNS": False, "DROP": True}, {"OWN_COLUMNS": True, "DROP": False}
+    of_a, of_b = {"OF_B": False, "DROP": True}, {"OF_B": True, "DROP": False}
+    limits = Limits(registers=200, shared=100 * 1024, matrix=True)
+    return [
+        Compiled("lora: x A^T with dropout", _project, project_types, projecting | narrow, 8, 4, limits),
+        Compiled("lora: dy B", _project, project_types, projecting | tall, 8, 4, limits),
+        Compiled("lora: dA with dropout", _outer, outer_types, summing | of_a, 4, 3, limits),
+        Compiled("lora: dB", _outer, outer_types, summing | of_b, 4, 3, limits),
+        Compiled("lora: masked dx", _add_masked, add_types, adding, 8, 2, limits),
+    ]
+
+
+COMPILED = _cases()

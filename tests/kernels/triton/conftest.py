@@ -1,0 +1,35 @@
+"""Run kernels on the GPU where there is one, else in Triton's interpreter; skip where Triton is not installed."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+elif not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run."""
+    return DEVICE
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=["fp32", "fp16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Dtypes that the interpreter computes correctly."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Fill new memory with NaN, so that an element which a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

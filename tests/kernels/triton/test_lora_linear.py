@@ -1,0 +1,114 @@
+"""Products with low-rank terms: every form against the reference, dropout's bits, and nothing written elsewhere."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftdyno.kernels import lora_linear
+from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.oracle import excess, in_float64
+from peftdyno.kernels.random import keep_mask, stream_key
+from peftdyno.kernels.triton import load
+
+
+@dataclass(frozen=True)
+class Case:
+    """Offsets of the runs, input width, output width, (rank, first row, last row) of the modules."""
+
+    runs: tuple[int, ...]
+    columns: int
+    out: int
+    modules: tuple[tuple[int, int, int], ...]
+
+    @property
+    def spread(self) -> int:
+        return (len(self.runs) - 1) * sum(rank for rank, _, _ in self.modules)
+
+
+CASES = [
+    Case((0, 1), 3, 1, ((1, 0, 1),)),
+    Case((0, 63), 200, 127, ((8, 0, 127),)),
+    Case((0, 33, 33, 127), 63, 150, ((4, 0, 63), (17, 70, 150))),
+    Case((0, 16, 64), 128, 96, ((16, 0, 32), (16, 32, 64), (16, 64, 96))),
+]
+
+
+def arguments(case: Case, dropout: float, dtype: torch.dtype, device: torch.device, border: int) -> list[Any]:
+    n, num_runs = case.runs[-1], len(case.runs) - 1
+    storage = torch.full((case.out + border, case.columns + border), float("nan"), dtype=dtype, device=device)
+    weight = storage[: case.out, : case.columns]
+    weight.copy_(torch.randn(case.out, case.columns) / case.columns**0.5)
+    x = with_spare(n, case.columns, border, weight)
+    x.copy_(torch.randn(n, case.columns))
+    a = [torch.randn(num_runs, rank, case.columns, device=device) for rank, _, _ in case.modules]
+    b = [torch.randn(num_runs, stop - start, rank, device=device) for rank, start, stop in case.modules]
+    keys = [[stream_key(7, f"m{m}", j) for j in range(num_runs)] for m in range(len(a))]
+    rows = [i for _, start, stop in case.modules for i in (start, stop)]
+    scaling = [0.1 + 0.2 * i for i in range(num_runs * len(a))]
+    streams = torch.randint(2**45, (n,), device=device) if dropout else None
+    return [x, weight, a, b, scaling, rows, list(case.runs), dropout, streams, torch.tensor(keys) if dropout else None]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{len(c.runs) - 1}runs-{len(c.modules)}modules-{c.runs[-1]}")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bordered", [False, True], ids=["plain", "bordered"])
+def test_lora_linear(case: Case, dropout: float, bordered: bool, dtype: torch.dtype, device: Any) -> None:
+    border = case.spread + 3 if bordered else 0
+    x, weight, *rest = arguments(case, dropout, dtype, device, border)
+    bias = torch.randn(case.out, device=device).to(dtype)
+    forward = (x, weight, bias, *rest, border, border, 5)
+    y, u = load("lora_linear")(*forward)
+    plain = lora_linear.reference_forward(*forward)
+    truth = in_float64(lora_linear.reference_forward, forward)
+    assert y.stride(0) == case.out + 5
+    assert not excess("lora_linear", (y, u), plain, truth)
+
+    dy = with_spare(x.shape[0], case.out, border, x)
+    dy.copy_(torch.randn(x.shape[0], case.out))
+    for need_x in (True, False):
+        backward = (dy, x, u, weight, *rest, border, need_x)
+        found = load("lora_linear_backward")(*backward)
+        truth = in_float64(lora_linear.reference_backward, backward)
+        assert not excess("lora_linear_backward", found, lora_linear.reference_backward(*backward), truth)
+
+
+def test_gradient_inside_another_tensor_is_not_widened(device: Any) -> None:
+    """A slice's right-hand neighbours are someone else's: they are neither read nor written."""
+    case = CASES[1]
+    x, weight, *rest = arguments(case, 0.0, torch.float32, device, case.spread)
+    _, u = load("lora_linear")(x, weight, None, *rest, case.spread, case.spread, 0)
+    whole = torch.randn(x.shape[0], case.out + case.spread + 1, device=device)
+    before = whole.clone()
+    dy = whole[:, : case.out]
+    found = load("lora_linear_backward")(dy, x, u, weight, *rest, case.spread, True)
+    assert torch.equal(whole, before)
+    backward = (dy, x, u, weight, *rest, case.spread, True)
+    truth = in_float64(lora_linear.reference_backward, backward)
+    assert not excess("lora_linear_backward", found, lora_linear.reference_backward(*backward), truth)
+
+
+def test_gradients_have_the_same_bits_twice(device: Any) -> None:
+    case = CASES[2]
+    x, weight, *rest = arguments(case, 0.3, torch.float32, device, 0)
+    dy = torch.randn(x.shape[0], case.out, device=device)
+    _, u = load("lora_linear")(x, weight, None, *rest, 0, 0, 0)
+    first, second = (load("lora_linear_backward")(dy, x, u, weight, *rest, 0, True) for _ in range(2))
+    assert all(
+        torch.equal(p, q)
+        for one, other in zip(first[1:], second[1:], strict=True)
+        for p, q in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (63, 127), (40, 64)])
+def test_dropout_draws_the_same_bits(tokens: int, columns: int, device: Any) -> None:
+    from peftdyno.kernels.triton import dropout
+
+    streams = torch.randint(2**62, (tokens,), device=device)
+    for seed in (0, 1):
+        key = stream_key(seed, "dropout")
+        found: Tensor = dropout.keep_mask(streams, columns, key, 0.37)
+        assert torch.equal(found, keep_mask(streams, columns, key, 0.37))

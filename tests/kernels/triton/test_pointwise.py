@@ -1,0 +1,142 @@
+"""Kernels that read each element once: against the reference's own error, forward and every gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftdyno.kernels import adamw, bank_affine, glu, label_loss, rms_norm, rotary
+from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.oracle import excess, in_float64
+from peftdyno.kernels.triton import load
+
+RUNS = [[0, 1], [0, 0, 30, 63], [0, 5, 5, 126, 127]]
+"""Rows of the runs: one row; an empty first run; an empty run between two others."""
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device, spare: int = 0) -> Tensor:
+    x = with_spare(shape[0], shape[1], spare, torch.empty(0, dtype=dtype, device=device)) if len(shape) == 2 else None
+    fresh = torch.randn(*shape, device=device).to(dtype)
+    return fresh if x is None else x.copy_(fresh)
+
+
+def check(name: str, reference: Callable[..., Any], *arguments: Any) -> Any:
+    result = load(name)(*arguments)
+    lines = excess(name, result, reference(*arguments), in_float64(reference, arguments))
+    assert not lines, lines
+    return result
+
+
+def in_place(function: Callable[..., Any], count: int = 1) -> Callable[..., Any]:
+    """The same on copies of its first arguments, which it returns."""
+
+    def run(*arguments: Any) -> list[Tensor]:
+        copies = [t.clone() for t in arguments[:count]]
+        function(*copies, *arguments[count:])
+        return copies
+
+    return run
+
+
+def check_in_place(name: str, reference: Callable[..., Any], count: int, *arguments: Any) -> None:
+    truth = in_float64(in_place(reference, count), arguments)
+    plain = in_place(reference, count)(*arguments)
+    lines = excess(name, in_place(load(name), count)(*arguments), plain, truth)
+    assert not lines, lines
+
+
+@pytest.mark.parametrize("runs", RUNS, ids=str)
+@pytest.mark.parametrize("columns", [1, 63, 200])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(runs: list[int], columns: int, with_residual: bool, dtype: torch.dtype, device: Any) -> None:
+    n = runs[-1]
+    x = random(n, columns, dtype=dtype, device=device, spare=3)
+    residual = random(n, columns, dtype=dtype, device=device) if with_residual else None
+    for weight, offset in ((random(len(runs) - 1, columns, device=device), 0.0), (x[0].clone(), 1.0)):
+        y, h, rstd = check("rms_norm", rms_norm.reference_forward, x, residual, weight, runs, 1e-5, offset, 8)
+        assert y.stride(0) == columns + 8
+        dy, dh = (random(n, columns, dtype=dtype, device=device, spare=5) for _ in range(2))
+        arguments = dy, dh if with_residual else None, h if with_residual else x, weight, rstd, runs, offset
+        check("rms_norm_backward", rms_norm.reference_backward, *arguments, True)
+    check("rms_norm_backward", rms_norm.reference_backward, *arguments, False)
+
+
+@pytest.mark.parametrize("runs", RUNS, ids=str)
+@pytest.mark.parametrize("width", [1, 63, 127])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu(runs: list[int], width: int, activation: str, dtype: torch.dtype, device: Any) -> None:
+    gate_up = random(runs[-1], 2 * width, dtype=dtype, device=device, spare=2)
+    dy = random(runs[-1], width, dtype=dtype, device=device, spare=1)
+    for scale in (None, random(len(runs) - 1, width, device=device)):
+        check("glu", glu.reference_forward, gate_up, scale, activation, runs, 4)
+        check("glu_backward", glu.reference_backward, dy, gate_up, scale, activation, runs, 4)
+
+
+def test_gelu_is_finite_far_out(device: Any) -> None:
+    gate_up = torch.tensor([[-90.0, 90.0, 1.0, 1.0]], device=device)
+    check("glu", glu.reference_forward, gate_up, None, "gelu_tanh", [0, 1], 0)
+    check("glu_backward", glu.reference_backward, gate_up[:, 2:], gate_up, None, "gelu_tanh", [0, 1], 0)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(1, 1, 2), (63, 3, 10), (127, 11, 16)])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotary(tokens: int, heads: int, head_dim: int, inverse: bool, dtype: torch.dtype, device: Any) -> None:
+    qkv = random(tokens, (heads + 2) * head_dim, dtype=dtype, device=device, spare=3)
+    frequencies = 10000 ** -(torch.arange(head_dim // 2, device=device) / (head_dim // 2))
+    cos, sin = rotary.angles(torch.arange(tokens, device=device) * 7, frequencies)
+    check_in_place("rotary_", rotary.reference, 1, qkv, cos, sin, heads, inverse)
+
+
+@pytest.mark.parametrize("runs", RUNS, ids=str)
+@pytest.mark.parametrize(("column", "width"), [(0, 1), (5, 63), (0, 600)])
+def test_bank_affine(runs: list[int], column: int, width: int, dtype: torch.dtype, device: Any) -> None:
+    y = random(runs[-1], column + width + 4, dtype=dtype, device=device)
+    values = random(len(runs) - 1, width, device=device)
+    check_in_place("bank_scale_", bank_affine.reference_scale, 1, y, values, column, runs)
+    check_in_place("bank_shift_", bank_affine.reference_shift, 1, y, values, column, runs)
+    before = random(runs[-1], width, dtype=dtype, device=device, spare=3)
+    for factor in (None, before):
+        check("bank_column_sums", bank_affine.reference_column_sums, y, factor, column, width, runs)
+
+
+@pytest.mark.parametrize(("labels", "vocabulary"), [(1, 3), (63, 1000), (127, 127)])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_label_loss(labels: int, vocabulary: int, softcap: float, dtype: torch.dtype, device: Any) -> None:
+    x = random(labels, 48, dtype=dtype, device=device, spare=4)
+    head = random(vocabulary, 48, dtype=dtype, device=device)
+    targets = torch.randint(vocabulary, (labels,), device=device)
+    for gradient in (False, True):
+        check("label_loss", label_loss.reference, x, head, targets, softcap, gradient)
+    reference = label_loss.SCALE_ROWS.implementations["reference"]
+    check("scale_rows", reference, x, random(labels, device=device))
+
+
+def test_label_loss_in_chunks(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
+    from peftdyno.kernels.triton import label_loss as triton_loss
+
+    monkeypatch.setattr(triton_loss, "chunk_rows", lambda head: 10)
+    x, head = random(63, 16, device=device), random(5000, 16, device=device)
+    check("label_loss", label_loss.reference, x, head, torch.randint(5000, (63,), device=device), 0.0, True)
+
+
+def test_adamw_leaves_other_runs_alone(device: Any) -> None:
+    runs, width = 3, 2500
+    storage = [torch.randn(runs, width + 7, device=device) for _ in range(4)]
+    p, g, m, v = (t[:, 3 : 3 + width] for t in storage)
+    v.abs_()
+    options = ([1e-3, 2e-2, 0.0], [1.0, 0.3, 1.0], [1, 400, 0], 0.9, 0.999, 1e-8, 0.1)
+
+    def update(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+        def run(p: Tensor, m: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+            copies = [p.clone(), m.clone(), v.clone()]
+            function(copies[0], g.to(p.dtype), *copies[1:], *rest)
+            return copies
+
+        return run
+
+    truth = in_float64(update(adamw.reference), (p, m, v, *options))
+    found, plain = (update(f)(p, m, v, *options) for f in (load("adamw_"), adamw.reference))
+    assert not excess("adamw_", found, plain, truth)
+    assert all(torch.equal(new[2], old[2]) for new, old in zip(found, (p, m, v), strict=True))
