@@ -246,6 +246,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, options: tuple[Any, ...]
     ) -> Tensor:
         cos, sin, layout, shape, spare, grad_spare = options
+        qkv = qkv.data  # turned in place below; nothing else has saved these rows, so autograd need not know
         rotated = shape.num_heads + shape.num_key_value_heads
         rotary.ROTARY(qkv, cos, sin, rotated, False)
         out, lse = FORWARD(
