@@ -18,6 +18,9 @@ from peftdyno.engine.weights import DecoderWeights
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
 from peftdyno.kernels.random import stream_key
 
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+# Gradients of a run's parameters lie in one row with those of its others, on purpose: one clip, one AdamW call.
+
 
 @dataclass
 class AdapterBank:
