@@ -153,7 +153,7 @@ def test_out_of_memory_at_one_sequence_says_what_is_kept(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(loop, "forward_backward", full)
-    with pytest.raises(UserError, match="checkpoints in .* are kept"):
+    with pytest.raises(UserError, match=r"checkpoints in .* are kept"):
         trained(tmp_path)
 
 
