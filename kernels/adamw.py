@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive
 
 POINTWISE_FLOPS = 15
@@ -62,4 +62,5 @@ ADAMW = primitive(
     shape=_shape,
     cost=cost,
     **cpu.implementations("adamw_"),
+    **triton.implementations("adamw_"),
 )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu, rotary
+from peftdyno.kernels import cpu, rotary, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 
 SOFTMAX_FLOPS = 5
@@ -206,6 +206,7 @@ FORWARD = primitive(
     shape=_forward_shape,
     cost=forward_cost,
     **cpu.implementations("attention"),
+    **triton.implementations("attention"),
 )
 BACKWARD = primitive(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor out,"
@@ -215,6 +216,7 @@ BACKWARD = primitive(
     shape=_backward_shape,
     cost=backward_cost,
     **cpu.implementations("attention_backward"),
+    **triton.implementations("attention_backward"),
 )
 
 

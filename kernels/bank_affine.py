@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes
 from peftdyno.kernels.rms_norm import rows_of_runs
 
@@ -60,6 +60,7 @@ SCALE = primitive(
     shape=lambda *_: None,
     cost=_elements,
     **cpu.implementations("bank_scale_"),
+    **triton.implementations("bank_scale_"),
 )
 SHIFT = primitive(
     "bank_shift_(Tensor(a!) y, Tensor shift, int column, int[] run_offsets) -> ()",
@@ -67,6 +68,7 @@ SHIFT = primitive(
     shape=lambda *_: None,
     cost=_elements,
     **cpu.implementations("bank_shift_"),
+    **triton.implementations("bank_shift_"),
 )
 COLUMN_SUMS = primitive(
     "bank_column_sums(Tensor dy, Tensor? before, int column, int width, int[] run_offsets) -> Tensor",
@@ -74,4 +76,5 @@ COLUMN_SUMS = primitive(
     shape=lambda dy, before, column, width, runs: dy.new_empty(len(runs) - 1, width, dtype=torch.float32),
     cost=_sums_cost,
     **cpu.implementations("bank_column_sums"),
+    **triton.implementations("bank_column_sums"),
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 from peftdyno.kernels.rms_norm import rows_of_runs
 
@@ -100,6 +100,7 @@ FORWARD = primitive(
     shape=_forward_shape,
     cost=forward_cost,
     **cpu.implementations("glu"),
+    **triton.implementations("glu"),
 )
 BACKWARD = primitive(
     "glu_backward(Tensor dy, Tensor gate_up, Tensor? scale, str activation, int[] run_offsets, int spare)"
@@ -108,6 +109,7 @@ BACKWARD = primitive(
     shape=_backward_shape,
     cost=backward_cost,
     **cpu.implementations("glu_backward"),
+    **triton.implementations("glu_backward"),
 )
 
 

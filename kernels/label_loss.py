@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes
 
 CHUNK_ROWS = 256
@@ -64,6 +64,7 @@ LABEL_LOSS = primitive(
     shape=_shape,
     cost=cost,
     **cpu.implementations("label_loss"),
+    **triton.implementations("label_loss"),
 )
 
 
@@ -77,6 +78,7 @@ SCALE_ROWS = primitive(
     shape=lambda x, factors: torch.empty_like(x),
     cost=_scale_cost,
     **cpu.implementations("scale_rows"),
+    **triton.implementations("scale_rows"),
 )
 
 

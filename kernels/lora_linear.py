@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 from peftdyno.kernels.random import keep_mask, threshold
 
@@ -191,6 +191,7 @@ FORWARD = primitive(
     shape=_forward_shape,
     cost=forward_cost,
     **cpu.implementations("lora_linear"),
+    **triton.implementations("lora_linear"),
 )
 BACKWARD = primitive(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor u, Tensor weight, Tensor[] a, Tensor[] b, float[] scaling,"
@@ -200,4 +201,5 @@ BACKWARD = primitive(
     shape=_backward_shape,
     cost=backward_cost,
     **cpu.implementations("lora_linear_backward"),
+    **triton.implementations("lora_linear_backward"),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 
 
@@ -124,6 +124,7 @@ FORWARD = primitive(
     shape=_forward_shape,
     cost=forward_cost,
     **cpu.implementations("rms_norm"),
+    **triton.implementations("rms_norm"),
 )
 BACKWARD = primitive(
     "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, int[] run_offsets, float offset,"
@@ -132,6 +133,7 @@ BACKWARD = primitive(
     shape=_backward_shape,
     cost=backward_cost,
     **cpu.implementations("rms_norm_backward"),
+    **triton.implementations("rms_norm_backward"),
 )
 
 

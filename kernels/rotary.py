@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes
 
 
@@ -47,4 +47,5 @@ ROTARY = primitive(
     shape=_shape,
     cost=cost,
     **cpu.implementations("rotary_"),
+    **triton.implementations("rotary_"),
 )

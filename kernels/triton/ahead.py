@@ -34,6 +34,8 @@ MODULES = (
     "dropout",
     "low_rank",
     "skinny",
+    "attention",
+    "attention_backward",
 )
 ARCHITECTURES = (80, 90, 100)
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA)\b")

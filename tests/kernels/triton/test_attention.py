@@ -1,0 +1,142 @@
+"""Attention over forests of segments: roots, shared and learned prefixes, windows, soft caps, cached keys."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peftdyno.kernels import attention
+from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.oracle import excess, in_float64
+from peftdyno.kernels.triton import attention as forward_kernels
+from peftdyno.kernels.triton import attention_backward, load
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Tables of a pack, its number of rows, and learned prefix keys behind them."""
+
+    segments: tuple[tuple[int, int, int, int], ...]
+    chain: tuple[tuple[int, int, int], ...]
+    rows: int
+    prefix: int = 0
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return (
+            torch.tensor(self.segments, dtype=torch.int32).reshape(-1, 4),
+            torch.tensor(self.chain, dtype=torch.int32).reshape(-1, 3),
+        )
+
+
+ONE = Forest(((0, 1, 0, 1),), ((0, 1, 0),), 1)
+ROOTS = Forest(((0, 63, 0, 1), (63, 1, 1, 2), (64, 40, 2, 3)), ((0, 63, 0), (63, 1, 0), (64, 40, 0)), 104)
+SHARED = Forest(
+    ((0, 21, 0, 1), (21, 17, 1, 3), (38, 33, 3, 5), (71, 1, 5, 7)),
+    ((0, 21, 0), (0, 21, 0), (21, 17, 21), (0, 21, 0), (38, 33, 21), (0, 21, 0), (71, 1, 21)),
+    72,
+)
+LEARNED = Forest(
+    ((0, 20, 0, 2), (20, 30, 2, 4), (50, 9, 4, 7)),
+    ((59, 5, 0), (0, 20, 5), (64, 5, 0), (20, 30, 5), (64, 5, 0), (20, 30, 5), (50, 9, 35)),
+    59,
+    15,
+)
+"""Two runs' prefixes of five keys and an unused third; the last segment is a child of the second."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads, key heads, width of a head, window, soft cap."""
+
+    heads: int
+    key_heads: int
+    d: int
+    window: int = 0
+    softcap: float = 0.0
+
+
+CASES = [
+    (ONE, Shape(1, 1, 16)),
+    (ROOTS, Shape(4, 2, 16)),
+    (ROOTS, Shape(3, 1, 10, window=7)),
+    (SHARED, Shape(2, 1, 16)),
+    (SHARED, Shape(2, 2, 20, window=30, softcap=5.0)),
+    (LEARNED, Shape(2, 1, 16)),
+    (LEARNED, Shape(7, 1, 8, window=12)),
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles small enough for several of each kind in a small pack."""
+    tile = forward_kernels.Tile(16, 16, 4, 2)
+    monkeypatch.setattr(forward_kernels, "tile", lambda d, rows: tile)
+    monkeypatch.setattr(attention_backward, "query_tile", lambda d: tile)
+    monkeypatch.setattr(attention_backward, "key_tile", lambda d: tile)
+
+
+def inputs(forest: Forest, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    heads = shape.heads + 2 * shape.key_heads
+    qkv = torch.randn(forest.rows, heads, shape.d, device=device).to(dtype)
+    q, k, v = qkv.split([shape.heads, shape.key_heads, shape.key_heads], dim=1)
+    prefix = [torch.randn(forest.prefix, shape.key_heads, shape.d, device=device) for _ in range(2)]
+    return q, k, v, *(prefix if forest.prefix else (None, None))
+
+
+def agree(name: str, reference: Any, arguments: tuple[Any, ...]) -> Any:
+    result = load(name)(*arguments)
+    lines = excess(name, result, reference(*arguments), in_float64(reference, arguments))
+    assert not lines, lines
+    return result
+
+
+def both(forest: Forest, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    tensors, tables = inputs(forest, shape, dtype, device), forest.tables()
+    options = (shape.d**-0.5, shape.window, shape.softcap, 3)
+    out, lse = agree("attention", attention.reference_forward, (*tensors, *tables, *options))
+    assert out.stride(0) == shape.heads * shape.d + 3
+    dout = with_spare(forest.rows, shape.heads * shape.d, 2, out)
+    dout.copy_(torch.randn(forest.rows, shape.heads * shape.d))
+    arguments = (dout, *tensors, out, lse, *tables, *options)
+    agree("attention_backward", attention.reference_backward, arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case: tuple[Forest, Shape], dtype: torch.dtype, device: Any, small_tiles: None) -> None:
+    both(*case, dtype, device)
+
+
+def test_attention_with_the_tiles_of_training(device: Any) -> None:
+    both(SHARED, Shape(4, 2, 16), torch.float32, device)
+
+
+@pytest.mark.parametrize("forest", [SHARED, LEARNED], ids=["shared", "learned"])
+def test_keys_with_many_readers_are_summed_in_parts(
+    forest: Forest, device: Any, small_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_backward, "MOST_ROWS", 20)
+    both(forest, Shape(2, 1, 16), torch.float32, device)
+
+
+CACHED = Forest(((0, 1, 0, 2), (1, 3, 2, 4)), ((100, 37, 0), (0, 50, 37), (100, 37, 0), (50, 41, 37)), 150)
+"""Decoding: queries at the end of their keys, behind a prefix that both share."""
+
+
+@pytest.mark.parametrize("window", [0, 45])
+@pytest.mark.parametrize("piece", [0, 16])
+def test_decoding(window: int, piece: int, dtype: torch.dtype, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_kernels, "_piece", lambda *_: piece)
+    shape = Shape(6, 2, 16, window)
+    k, v = (torch.randn(CACHED.rows, shape.key_heads, shape.d, device=device).to(dtype) for _ in range(2))
+    q = torch.randn(4, shape.heads, shape.d, device=device).to(dtype)
+    agree("attention", attention.reference_forward, (q, k, v, None, None, *CACHED.tables(), 0.3, window, 0.0, 0))
+
+
+def test_gradients_have_the_same_bits_twice(device: Any, small_tiles: None) -> None:
+    tensors, tables = inputs(SHARED, Shape(4, 2, 16), torch.float32, device), SHARED.tables()
+    out, lse = load("attention")(*tensors, *tables, 0.25, 0, 0.0, 0)
+    first, second = (
+        load("attention_backward")(torch.ones_like(out), *tensors, out, lse, *tables, 0.25, 0, 0.0, 0) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
