@@ -1,7 +1,6 @@
 """Run kernels on the GPU where there is one, else in Triton's interpreter; skip where Triton is not installed."""
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
-elif not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
