@@ -36,7 +36,7 @@ class _HeadNorm(torch.autograd.Function):
             (q_weight, k_weight), ((0, heads[0]), (heads[0], sum(heads))), strict=True
         ):
             y, _, rstd = rms_norm.FORWARD(_head_rows(qkv, first, last, d), None, weight, [], eps, offset, 0)
-            out[:, first * d : last * d] = y.view(qkv.shape[0], -1)
+            out[:, first * d : last * d] = y.view(qkv.shape[0], (last - first) * d)
             rstds.append(rstd)
         ctx.save_for_backward(qkv, q_weight, k_weight, *rstds)
         ctx.options = heads, offset
@@ -62,7 +62,7 @@ class _HeadNorm(torch.autograd.Function):
                 offset,
                 need,
             )
-            dqkv[:, first * d : last * d] = dx.view(qkv.shape[0], -1)
+            dqkv[:, first * d : last * d] = dx.view(qkv.shape[0], (last - first) * d)
             gradients.append(dweight if need else None)
         return dqkv, *gradients, None, None, None
 
