@@ -1,0 +1,33 @@
+"""`peftdyno env`: the machine, the versions, and which kernels run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftdyno.bench.cli import options as o
+
+PANEL = "Look"
+EXAMPLES = ("peftdyno env", "peftdyno env --json")
+
+
+def command(json_output: o.Json = False) -> None:
+    """Show what a run's record will say of this machine."""
+    from peftdyno.bench import machine
+    from peftdyno.bench.cli.console import print_json, print_table
+    from peftdyno.engine.model_cache import cache_folder
+    from peftdyno.kernels.cpu import AVAILABLE
+
+    found: dict[str, Any] = {
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "git": machine.git(),
+        "cpu_kernels": "compiled C++" if AVAILABLE else "PyTorch operations: the C++ extension is not built",
+        "model_cache": str(cache_folder()),
+    }
+    if json_output:
+        print_json(found)
+        return
+    rows = [(f"{name}.{key}", str(inner)) for name, part in found.items() if isinstance(part, dict)
+            for key, inner in part.items()]  # fmt: skip
+    rows += [(name, str(value)) for name, value in found.items() if not isinstance(value, dict)]
+    print_table(("", ""), rows)

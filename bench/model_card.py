@@ -1,0 +1,72 @@
+"""The README of an adapter's folder: settings, and what the run measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftdyno.bench.store import RunRecord
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.adapters.peft_format import CARD_FILE, model_card
+from peftdyno.engine.atomic import whole_file
+
+GB = 1e9
+
+
+def write(folder: Path, bank: AdapterBank, run: int, model: str, record: RunRecord) -> None:
+    """Write the card with the costs of the record, in place of the one without."""
+    with whole_file(folder / CARD_FILE) as temporary:
+        temporary.write_text(model_card(bank, run, model, costs(record)), encoding="utf-8")
+
+
+def costs(record: RunRecord) -> str:
+    """What the run cost and scored, as Markdown."""
+    rows = [*_scores(record), *_sizes(record), *_resources(record)]
+    table = ["| figure | value | kind |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    hardware = [record.machine["processor"], f"{record.machine['threads']} threads", *record.machine.get("gpus", [])]
+    where = ", ".join(str(part) for part in hardware)
+    lines = [
+        f"## {record.task['name']}, seed {record.seed}",
+        "",
+        f"{record.steps} steps of batch {record.settings['batch']} on {record.data['train']['rows_used']} rows of "
+        f"{record.data['train']['location']}; {record.runs_together} run(s) in one pass.",
+        "",
+        *table,
+        "",
+        f"Measured on {where}, with torch {record.versions['torch']}. All figures are in run.json, with the "
+        "command that made them.",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(record: RunRecord) -> list[tuple[str, str, str]]:
+    named = [("tuned", record.score()), ("untuned", record.baseline())]
+    return [
+        (f"{record.main_metric}, {which} model", f"{100 * value:.2f}%", "measured")
+        for which, value in named
+        if value is not None
+    ]
+
+
+def _sizes(record: RunRecord) -> list[tuple[str, str, str]]:
+    return [(f"{name} parameters", f"{value:,}", "exact") for name, value in record.parameters.model_dump().items()]
+
+
+def _resources(record: RunRecord) -> list[tuple[str, str, str]]:
+    rows = [
+        (name.replace("_", " ").removesuffix(" bytes"), f"{value / GB:.3f} GB", _kind(name))
+        for name, value in record.memory.model_dump(exclude_none=True).items()
+    ]
+    rows += [(f"{phase}, all steps", f"{value:.1f} s", "measured") for phase, value in _phases(record).items()]
+    flops = {} if record.flops is None else record.flops.model_dump(exclude_none=True)
+    for kind in ("predicted", "counted"):
+        for phase, owners in flops.get(kind, {}).items():
+            rows.append((f"{phase} FLOPs", f"{sum(owners.values()):,}", kind))
+    return rows
+
+
+def _kind(name: str) -> str:
+    return "predicted" if name.startswith("predicted") else "measured"
+
+
+def _phases(record: RunRecord) -> dict[str, float]:
+    return {name: value for name, value in record.time.items() if not name.startswith("step_")}

@@ -1,0 +1,119 @@
+"""Plots as SVG text: bars with intervals, and points; colours are the page's CSS variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, LEFT, RIGHT = 640, 130, 60
+BAR, GAP = 22, 10
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value from 0 on, with an interval where there is one."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """x and y of a named thing."""
+
+    name: str
+    x: float
+    y: float
+
+
+def bars(items: Sequence[Bar], label: str) -> str:
+    """Horizontal bars, the interval as a line across the end of each."""
+    most = max((max(item.value, item.high or 0.0) for item in items), default=0.0) or 1.0
+    scale = (WIDTH - LEFT - RIGHT) / _round_up(most)
+    height = len(items) * (BAR + GAP) + GAP + 34
+    parts = [_axis_x(_ticks(0.0, _round_up(most)), scale, 0.0, height - 34, label)]
+    for i, item in enumerate(items):
+        y = GAP + i * (BAR + GAP)
+        parts.append(_text(LEFT - 8, y + BAR / 2 + 4, item.name, "end"))
+        parts.append(f'<rect class="bar" x="{LEFT}" y="{y}" width="{item.value * scale:.1f}" height="{BAR}" rx="2"/>')
+        end = item.value if item.high is None else item.high
+        parts.append(_text(LEFT + end * scale + 8, y + BAR / 2 + 4, f"{item.value:.1f}", "start"))
+        if item.low is not None and item.high is not None:
+            a, b, middle = LEFT + item.low * scale, LEFT + item.high * scale, y + BAR / 2
+            parts.append(f'<path class="whisker" d="M{a:.1f} {middle}H{b:.1f}M{a:.1f} {y + 5}V{y + BAR - 5}'
+                         f'M{b:.1f} {y + 5}V{y + BAR - 5}"/>')  # fmt: skip
+    return _svg(height, parts, label)
+
+
+def points(items: Sequence[Point], x_label: str, y_label: str, *, logarithmic: bool = False) -> str:
+    """Named points; `logarithmic` spreads x by powers of ten, for which every x must be positive."""
+    height, top, bottom = 320, 16, 44
+    xs = [math.log10(item.x) if logarithmic else item.x for item in items]
+    x_low, x_high = _range(xs)
+    y_low, y_high = _range([item.y for item in items])
+    across, up = (WIDTH - LEFT - RIGHT) / (x_high - x_low), (height - top - bottom) / (y_high - y_low)
+    ticks = _ticks(x_low, x_high)
+    names = [f"{10**tick:.2g}" for tick in ticks] if logarithmic else None
+    parts = [_axis_x(ticks, across, x_low, height - bottom, x_label, names)]
+    for tick in _ticks(y_low, y_high):
+        y = height - bottom - (tick - y_low) * up
+        parts += [
+            f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>',
+            _text(LEFT - 8, y + 4, f"{tick:g}", "end"),
+        ]
+    parts.append(_text(14, top, y_label, "start"))
+    for item, x in zip(items, xs, strict=True):
+        cx, cy = LEFT + (x - x_low) * across, height - bottom - (item.y - y_low) * up
+        parts.append(f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="5"/>')
+        side = -9 if cx > WIDTH - RIGHT - 90 else 9
+        parts.append(_text(cx + side, cy - 7, item.name, "end" if side < 0 else "start"))
+    return _svg(height, parts, f"{y_label} by {x_label}")
+
+
+def _axis_x(
+    ticks: Sequence[float], scale: float, start: float, y: float, label: str, names: Sequence[str] | None = None
+) -> str:
+    parts = []
+    for i, tick in enumerate(ticks):
+        x = LEFT + (tick - start) * scale
+        parts.append(f'<path class="grid" d="M{x:.1f} 0V{y}"/>')
+        parts.append(_text(x, y + 15, names[i] if names else f"{tick:g}", "middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, y + 31, label, "middle"))
+    return "".join(parts)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(height: float, parts: Sequence[str], label: str) -> str:
+    head = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}" width="{WIDTH}">'
+    return head + "".join(parts) + "</svg>"
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """A range with room around the values, never empty."""
+    low, high = min(values), max(values)
+    room = 0.12 * (high - low) or max(abs(high) * 0.1, 0.5)
+    return low - room, high + room
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 5 times a power of ten that is divided well by ticks."""
+    step = _step(value)
+    return step * math.ceil(value / step - 1e-9)
+
+
+def _step(span: float) -> float:
+    power = 10 ** math.floor(math.log10(span / 4))
+    return next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = _step(high - low)
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -1,0 +1,171 @@
+"""Run folders and the record of a run, run.json: its schema (docs/run-record.md), writing and finding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peftdyno.engine.atomic import write_json
+from peftdyno.engine.errors import UserError
+
+RECORD = "run.json"
+FAILURE = "failure.json"
+SWEEP = "sweep.json"
+SCHEMA_VERSION = 1
+
+Scores = dict[str, dict[str, float | None]]
+"""Rule (corrected, published) -> metric -> value; null where a rule gives no number."""
+Figures = dict[str, dict[str, int]]
+"""Phase -> owner (base, adapter) -> FLOPs."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Parameters(_Part):
+    """Numbers of values: trained, in the adapter's file, and of the base model."""
+
+    trainable: int
+    stored: int
+    total: int
+
+
+class Flops(_Part):
+    """Predicted from formulas, and counted while running. `conventions` says how attention is counted."""
+
+    predicted: Figures | None = None
+    counted: Figures | None = None
+    conventions: dict[str, str] | None = None
+
+
+class Memory(_Part):
+    """Bytes. Tensor peaks are predicted or measured; the resident and device peaks are the whole process's."""
+
+    predicted_peak_bytes: int | None = None
+    measured_peak_bytes: int | None = None
+    """Largest sum of live tensors while training."""
+    reserved_peak_bytes: int | None = None
+    """What the CUDA allocator held at most."""
+    resident_peak_bytes: int | None = None
+    """Largest resident set while training."""
+    evaluation_peak_bytes: int | None = None
+    """The same kind of figure as the best of the measured ones above, while scoring."""
+
+
+class PscpInputs(_Part):
+    """What PSCP needs of this run; an input that was not obtained is absent."""
+
+    score_percent: float | None = None
+    trainable_parameters: int
+    inference_tflop_above_base: float | None = None
+    memory_gb: float | None = None
+    memory_kind: str | None = None
+    """Which figure of `memory` it is."""
+
+
+class RunRecord(_Part):
+    """All that is known of one finished run."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    fingerprint: str
+    """Hash of settings, model and data: the same job has the same one."""
+    finished: str
+    """Date and time, UTC, ISO 8601."""
+    command: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    git: dict[str, Any] | None = None
+    model: dict[str, Any]
+    """name, source, dtype, device."""
+    method: dict[str, Any]
+    """name, settings."""
+    task: dict[str, Any]
+    seed: int
+    settings: dict[str, Any]
+    runs_together: int = 1
+    """Runs that trained in one pass; `time` and `memory` are of all of them."""
+    steps: int
+    parameters: Parameters
+    flops: Flops | None = None
+    memory: Memory
+    time: dict[str, float]
+    """Seconds by phase; `step_median`, `step_p10`, `step_p90` are of one step."""
+    loss: dict[str, float | int | None]
+    """first, last (of training), best_validation, best_step."""
+    scores: Scores | None = None
+    baseline_scores: Scores | None = None
+    pscp_inputs: PscpInputs
+    events: list[str]
+    stopped: str | None = None
+    """Why training ended early, if it did."""
+    data: dict[str, Any]
+    """A source for each split, and `cut_sequences`."""
+
+    @property
+    def main_metric(self) -> str:
+        """Name of the task's main figure."""
+        return str(self.task["metric"])
+
+    def score(self, rule: str = "corrected") -> float | None:
+        """The main figure, a fraction of 1."""
+        return None if self.scores is None else self.scores[rule][self.main_metric]
+
+    def baseline(self, rule: str = "corrected") -> float | None:
+        """The untuned model's main figure."""
+        return None if self.baseline_scores is None else self.baseline_scores[rule][self.main_metric]
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write run.json, whole or not at all, and drop the note of an earlier failure."""
+    write_json(folder / RECORD, record.model_dump(mode="json", exclude_none=True))
+    (folder / FAILURE).unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> RunRecord:
+    """A record from its file; UserError names the file and the first thing wrong."""
+    values = read_object(path)
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version is {version}, this version reads {SCHEMA_VERSION}")
+    try:
+        return RunRecord.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: field '{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError names the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold an object, found {type(values).__name__}")
+    return values
+
+
+def finished_record(folder: Path, fingerprint: str) -> RunRecord | None:
+    """The record of this very run where it is finished; UserError where the folder holds another run."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if record.fingerprint != fingerprint:
+        raise UserError(f"{folder} holds another run: {record.command}; give another --out or remove that folder")
+    return record
+
+
+def find_records(folder: Path) -> Iterator[tuple[Path, RunRecord]]:
+    """Every record below a folder, in the order of their paths."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of runs")
+    for path in sorted(folder.rglob(RECORD)):
+        yield path.parent, read_record(path)
