@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, where they were built: `kernel(name)` gives the C++ operator or None."""
+"""The compiled CPU kernels, where they were built: which operators there are, and the instruction set in force."""
 
 from __future__ import annotations
 
@@ -20,9 +20,56 @@ def _load() -> bool:
 AVAILABLE = _load()
 """Whether the C++ extension was built and loads."""
 
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "portable")
+"""What PEFTDYNO_ISA may name, the fastest first."""
+
 
 def implementations(name: str) -> dict[str, Callable[..., Any]]:
     """`{"cpu": operator}` where the extension has the operator `peftdyno_cpu::name`, else nothing."""
     if not AVAILABLE or not hasattr(torch.ops.peftdyno_cpu, name):
         return {}
     return {"cpu": getattr(torch.ops.peftdyno_cpu, name).default}
+
+
+def instruction_set() -> str:
+    """The instruction set in force: the best of this processor's unless PEFTDYNO_ISA names another.
+
+    Raises ValueError where the variable names one that does not exist or that the processor lacks.
+    """
+    try:
+        name: str = torch.ops.peftdyno_cpu.isa()
+    except RuntimeError as error:
+        raise ValueError(f"PEFTDYNO_ISA: {_first_line(error)}") from None
+    return name
+
+
+def use_instruction_set(name: str) -> None:
+    """Put another instruction set in force in this process. Raises ValueError for one that cannot run here."""
+    try:
+        torch.ops.peftdyno_cpu.use_isa(name)
+    except RuntimeError as error:
+        raise ValueError(_first_line(error)) from None
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor can run."""
+    before, found = instruction_set(), []
+    for name in INSTRUCTION_SETS:
+        try:
+            use_instruction_set(name)
+        except ValueError:
+            continue
+        found.append(name)
+    use_instruction_set(before)
+    return found
+
+
+def describe() -> str:
+    """One line on what will run: the C++ kernels and their instruction set, or the PyTorch reference."""
+    if not AVAILABLE:
+        return "CPU kernels: the PyTorch reference (the C++ extension is not built)"
+    return f"CPU kernels: C++, {instruction_set()}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,124 @@
+// Operator `attention_backward` of kernels/attention.py.
+//
+// One pass over the tasks gives dq and adds to dk and dv. A task belongs to one key head and the tasks are sorted by
+// head, so a thread shares at most its first head with the threads before it; it adds that part to memory of its own,
+// which is added in the threads' order at the end. The result depends on the number of threads only.
+#include <ATen/ops/zeros_like.h>
+
+#include "attention_inputs.h"
+
+namespace peftdyno {
+namespace {
+
+// An upper bound of what a task takes from its scratch.
+int64_t backward_bytes(const Attention& a) {
+  return a.task_rows * (4 * a.padded_width + 3 * KEY_BLOCK + 2 * KEY_BLOCK + a.padded_width + 2) * 4 + 12 * 64;
+}
+
+// The span of padded keys that tasks begin to end - 1 of one head read.
+std::pair<int64_t, int64_t> key_span(const Plan& plan, int64_t begin, int64_t end) {
+  int64_t low = plan.padded_keys, high = 0;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t l = plan.tasks[i].first_link; l < plan.tasks[i].last_link; ++l) {
+      const KeyLink& link = plan.links[l];
+      if (link.first == link.last) continue;
+      const KeyBlock& last = plan.blocks[link.last - 1];
+      low = std::min(low, plan.blocks[link.first].offset);
+      high = std::max(high, last.offset + last.padded);
+    }
+  return {std::min(low, high), high};
+}
+
+// The part of one thread's gradients that belongs to a head an earlier thread began.
+struct Borrowed {
+  int64_t head = -1, offset = 0, keys = 0;
+  Tensor k, v;
+};
+
+Borrowed borrow(const Inputs& in, int64_t begin, int64_t end) {
+  Borrowed result;
+  const auto& tasks = in.plan.tasks;
+  if (begin == 0 || begin >= end || tasks[begin - 1].head != tasks[begin].head) return result;
+  int64_t stop = begin;
+  while (stop < end && tasks[stop].head == tasks[begin].head) ++stop;
+  const auto [low, high] = key_span(in.plan, begin, stop);
+  result = {tasks[begin].head, low, high - low, {}, {}};
+  result.k = at::zeros({result.keys * in.task.padded_width}, in.k.options().dtype(at::kFloat));
+  result.v = at::zeros_like(result.k);
+  return result;
+}
+
+// Zero the rows that no task and no block of keys writes.
+void zero_uncovered(const Inputs& in, Tensor& dqkv, Tensor& dprefix_k, Tensor& dprefix_v) {
+  const int64_t n = dqkv.size(0), num_keys = in.task.num_keys, q_columns = in.q.size(1) * in.q.size(2);
+  std::vector<char> queries(n, 0), keys(num_keys + dprefix_k.size(0), 0);
+  for (const QueryTask& t : in.plan.tasks) std::fill_n(queries.begin() + t.row, t.count, 1);
+  for (const KeyBlock& b : in.plan.blocks) std::fill_n(keys.begin() + b.row, b.count, 1);
+  for (int64_t row = 0; row < n; ++row) {
+    if (!queries[row]) dqkv.select(0, row).narrow(0, 0, q_columns).zero_();
+    if (!keys[row]) dqkv.select(0, row).narrow(0, q_columns, dqkv.size(1) - q_columns).zero_();
+  }
+  for (int64_t row = num_keys; row < static_cast<int64_t>(keys.size()); ++row) {
+    if (keys[row]) continue;
+    dprefix_k.select(0, row - num_keys).zero_();
+    dprefix_v.select(0, row - num_keys).zero_();
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const OptionalTensor& prefix_k,
+                                                      const OptionalTensor& prefix_v, const Tensor& out_any,
+                                                      const Tensor& lse_any, const Tensor& segments,
+                                                      const Tensor& chain, double scale, int64_t window,
+                                                      double softcap, int64_t spare) {
+  Inputs in(q, k, v, prefix_k, prefix_v, segments, chain, scale, window, softcap);
+  Attention& task = in.task;
+  const Tensor dout = with_unit_columns(dout_any), out = with_unit_columns(out_any), lse = lse_any.contiguous();
+  TORCH_CHECK(dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(), "types differ");
+  TORCH_CHECK(q.size(0) == k.size(0), "the gradient of fused rows needs as many queries as keys");
+  const int64_t heads = q.size(1), key_heads = in.heads(), width = q.size(2), d = task.padded_width;
+  Tensor dqkv = empty_with_spare(q.size(0), (heads + 2 * key_heads) * width, spare, q);
+  const int64_t extra = prefix_k.has_value() ? prefix_k->size(0) : 0;
+  Tensor dprefix_k = empty_float({extra, key_heads, width}, q), dprefix_v = empty_float({extra, key_heads, width}, q);
+  task.dout = rows_of(dout);
+  task.out = rows_of(out);
+  task.lse = lse.data_ptr<float>();
+  task.dq = rows_of(dqkv);
+  task.dq_head_stride = width;
+  const Tensor packed_kt = in.packed(), packed_k = in.packed(), packed_vt = in.packed();
+  task.packed_k_transposed = packed_kt.data_ptr();
+  task.packed_k = packed_k.data_ptr();
+  task.packed_v_transposed = packed_vt.data_ptr();
+  in.pack();
+
+  const int64_t threads = useful_threads(in.plan);
+  const Tensor scratch = in.scratch(threads, backward_bytes(task));
+  Tensor all_k = at::zeros({key_heads, task.padded_keys * d}, q.options().dtype(at::kFloat)), all_v = at::zeros_like(all_k);
+  std::vector<Borrowed> borrowed;
+  for (int64_t t = 0; t < threads; ++t)
+    borrowed.push_back(borrow(in, in.plan.share(t, threads), in.plan.share(t + 1, threads)));
+  in.for_shares(threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    const Borrowed& own = borrowed[thread];
+    const bool some = own.head >= 0;
+    const KeyGradients target{all_k.data_ptr<float>(), all_v.data_ptr<float>(), some ? own.k.data_ptr<float>() : nullptr,
+                              some ? own.v.data_ptr<float>() : nullptr, own.head, own.offset};
+    kernels().attention_backward(task, target, begin, end, scratch.data_ptr<uint8_t>() + thread * scratch.size(1));
+  });
+  for (const Borrowed& own : borrowed) {
+    if (own.head < 0) continue;
+    all_k.select(0, own.head).narrow(0, own.offset * d, own.keys * d).add_(own.k);
+    all_v.select(0, own.head).narrow(0, own.offset * d, own.keys * d).add_(own.v);
+  }
+  const KeyGradientRows rows{all_k.data_ptr<float>(), all_v.data_ptr<float>(), rows_of(dqkv), heads * width,
+                             (heads + key_heads) * width, dprefix_k.data_ptr<float>(), dprefix_v.data_ptr<float>(),
+                             key_heads * width};
+  at::parallel_for(0, key_heads * task.num_blocks, 4, [&](int64_t begin, int64_t end) {
+    kernels().attention_store_keys(task, rows, begin, end);
+  });
+  zero_uncovered(in, dqkv, dprefix_k, dprefix_v);
+  return {dqkv, dprefix_k, dprefix_v};
+}
+
+}  // namespace peftdyno

@@ -1,0 +1,113 @@
+// The tensors of one call of attention, its plan of blocks and tasks, and their division among threads.
+#pragma once
+
+#include "attention_plan.h"
+#include "operators.h"
+#include "tensors.h"
+
+namespace peftdyno {
+
+// Blocks, links and tasks of one layout.
+struct Plan {
+  std::vector<KeyBlock> blocks;
+  std::vector<KeyLink> links;
+  std::vector<QueryTask> tasks;
+  std::vector<int64_t> costs;  // cumulative, a value more than tasks
+  int64_t padded_keys = 0;
+
+  Plan(const Tensor& segments, const Tensor& chain, int64_t groups, int64_t heads, int64_t window);
+
+  // The first task of thread t of `threads`, so that each has a like share of the cost.
+  int64_t share(int64_t t, int64_t threads) const {
+    const int64_t wanted = costs.back() * t / threads;
+    return std::lower_bound(costs.begin(), costs.end(), wanted) - costs.begin();
+  }
+};
+
+inline Tensor with_unit_heads(const Tensor& x) {
+  return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous();
+}
+
+// The tensors of one call as the kernels see them. `Inputs` owns what `task` points to.
+struct Inputs {
+  Tensor q, k, v, prefix_k, prefix_v;
+  Plan plan;
+  Attention task{};
+
+  Inputs(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const OptionalTensor& pk,
+         const OptionalTensor& pv, const Tensor& segments, const Tensor& chain, double scale, int64_t window,
+         double softcap)
+      : q(with_unit_heads(q_any)),
+        k(with_unit_heads(k_any)),
+        v(with_unit_heads(v_any)),
+        plan(segments, chain, q.size(1) / k.size(1), k.size(1), window) {
+    const int64_t groups = q.size(1) / k.size(1);
+    task.bf16 = is_bf16(q);
+    task.groups = groups;
+    task.width = q.size(2);
+    task.padded_width = padded_to(task.width, 32);
+    task.q = {q.data_ptr(), q.stride(0)};
+    task.k = {k.data_ptr(), k.stride(0)};
+    task.v = {v.data_ptr(), v.stride(0)};
+    task.q_head_stride = q.stride(1);
+    task.k_head_stride = k.stride(1);
+    task.v_head_stride = v.stride(1);
+    task.num_keys = k.size(0);
+    if (pk.has_value()) set_prefix(*pk, *pv);
+    task.scale = static_cast<float>(scale);
+    task.softcap = static_cast<float>(softcap);
+    task.window = window;
+    task.blocks = plan.blocks.data();
+    task.num_blocks = static_cast<int64_t>(plan.blocks.size());
+    task.padded_keys = plan.padded_keys;
+    task.links = plan.links.data();
+    task.tasks = plan.tasks.data();
+    task.num_queries = q.size(0);
+    const int64_t rows_in_memory = task.num_keys + (pk.has_value() ? prefix_k.size(0) : 0);
+    for (const KeyBlock& block : plan.blocks)
+      TORCH_CHECK(block.row >= 0 && block.row + block.count <= rows_in_memory, "a chain names keys that do not exist");
+    for (const QueryTask& t : plan.tasks) {
+      TORCH_CHECK(t.row >= 0 && t.row + t.count <= task.num_queries, "a segment names queries that do not exist");
+      task.task_rows = std::max(task.task_rows, padded_to(t.count * groups, 32));
+    }
+  }
+
+  void set_prefix(const Tensor& pk, const Tensor& pv) {
+    prefix_k = pk.to(k.scalar_type()).contiguous();
+    prefix_v = pv.to(v.scalar_type()).contiguous();
+    task.prefix_k = {prefix_k.data_ptr(), prefix_k.stride(0)};
+    task.prefix_v = {prefix_v.data_ptr(), prefix_v.stride(0)};
+    task.prefix_head_stride = prefix_k.stride(1);
+  }
+
+  int64_t heads() const { return k.size(1); }
+
+  // One array of packed keys or values, for every head.
+  Tensor packed() const {
+    const int64_t element = kernels().attention_element(task.bf16);
+    return at::empty({heads() * task.padded_keys * task.padded_width * element}, k.options().dtype(at::kByte));
+  }
+
+  void pack() const {
+    at::parallel_for(0, heads() * task.num_blocks, 4,
+                     [&](int64_t begin, int64_t end) { kernels().attention_pack(task, begin, end); });
+  }
+
+  Tensor scratch(int64_t threads, int64_t bytes) const {
+    return at::empty({threads, padded_to(bytes, 64)}, k.options().dtype(at::kByte));
+  }
+
+  // f(thread, first task, last task) on shares of like cost.
+  template <class F>
+  void for_shares(int64_t threads, const F& f) const {
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) f(t, plan.share(t, threads), plan.share(t + 1, threads));
+    });
+  }
+};
+
+inline int64_t useful_threads(const Plan& plan) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(plan.tasks.size())));
+}
+
+}  // namespace peftdyno

@@ -1,0 +1,77 @@
+// Registration of the operators and the module that Python imports; nothing else.
+#include <Python.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+#include "operators.h"
+
+namespace peftdyno {
+
+std::string isa() {
+  return kernels().name;
+}
+
+}  // namespace peftdyno
+
+TORCH_LIBRARY(peftdyno_cpu, m) {
+  m.def("rms_norm(Tensor x, Tensor? residual, Tensor weight, int[] run_offsets, float eps, float offset, int spare)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, int[] run_offsets,"
+        " float offset, bool need_weight) -> (Tensor, Tensor)");
+  m.def("glu(Tensor gate_up, Tensor? scale, str activation, int[] run_offsets, int spare) -> Tensor");
+  m.def("glu_backward(Tensor dy, Tensor gate_up, Tensor? scale, str activation, int[] run_offsets, int spare)"
+        " -> (Tensor, Tensor)");
+  m.def("rotary_(Tensor(a!) qkv, Tensor cos, Tensor sin, int num_heads, bool inverse) -> ()");
+  m.def("bank_scale_(Tensor(a!) y, Tensor scale, int column, int[] run_offsets) -> ()");
+  m.def("bank_shift_(Tensor(a!) y, Tensor shift, int column, int[] run_offsets) -> ()");
+  m.def("bank_column_sums(Tensor dy, Tensor? before, int column, int width, int[] run_offsets) -> Tensor");
+  m.def("scale_rows(Tensor x, Tensor factors) -> Tensor");
+  m.def("adamw_(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float[] rates, float[] clips, int[] steps,"
+        " float beta1, float beta2, float eps, float decay) -> ()");
+  m.def("label_loss(Tensor x, Tensor head, Tensor targets, float softcap, bool need_gradient) -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int spare) -> Tensor");
+  m.def("linear_backward(Tensor dy, Tensor weight) -> Tensor");
+  m.def("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, float[] scaling, int[] rows,"
+        " int[] run_offsets, float dropout, Tensor? streams, Tensor? keys, int x_spare, int border, int spare)"
+        " -> (Tensor, Tensor)");
+  m.def("lora_linear_backward(Tensor dy, Tensor x, Tensor u, Tensor weight, Tensor[] a, Tensor[] b,"
+        " float[] scaling, int[] rows, int[] run_offsets, float dropout, Tensor? streams, Tensor? keys, int border,"
+        " bool need_x) -> (Tensor, Tensor[], Tensor[])");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor segments, Tensor chain,"
+        " float scale, int window, float softcap, int spare) -> (Tensor, Tensor)");
+  m.def("attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v,"
+        " Tensor out, Tensor lse, Tensor segments, Tensor chain, float scale, int window, float softcap, int spare)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("isa() -> str", &peftdyno::isa);
+  m.def("use_isa(str name) -> ()", [](c10::string_view name) { peftdyno::use_isa(std::string(name).c_str()); });
+  m.def("memory_start() -> ()", &peftdyno::memory_start);
+  m.def("memory_stop() -> (int, int, int)", &peftdyno::memory_stop);
+  m.def("memory_now() -> (int, int, int)", &peftdyno::memory_now);
+  m.def("memory_reset_peak() -> ()", &peftdyno::memory_reset_peak);
+}
+
+TORCH_LIBRARY_IMPL(peftdyno_cpu, CPU, m) {
+  m.impl("rms_norm", &peftdyno::rms_norm);
+  m.impl("rms_norm_backward", &peftdyno::rms_norm_backward);
+  m.impl("glu", &peftdyno::glu);
+  m.impl("glu_backward", &peftdyno::glu_backward);
+  m.impl("rotary_", &peftdyno::rotary_);
+  m.impl("bank_scale_", &peftdyno::bank_scale_);
+  m.impl("bank_shift_", &peftdyno::bank_shift_);
+  m.impl("bank_column_sums", &peftdyno::bank_column_sums);
+  m.impl("scale_rows", &peftdyno::scale_rows);
+  m.impl("adamw_", &peftdyno::adamw_);
+  m.impl("label_loss", &peftdyno::label_loss);
+  m.impl("linear", &peftdyno::linear);
+  m.impl("linear_backward", &peftdyno::linear_backward);
+  m.impl("lora_linear", &peftdyno::lora_linear);
+  m.impl("lora_linear_backward", &peftdyno::lora_linear_backward);
+  m.impl("attention", &peftdyno::attention);
+  m.impl("attention_backward", &peftdyno::attention_backward);
+}
+
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__cpu() {
+  return PyModule_Create(&definition);
+}

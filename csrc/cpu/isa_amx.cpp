@@ -1,0 +1,3 @@
+// Kernels for the instruction set "amx"; setup.py gives the compiler its flags.
+#define PEFTDYNO_ISA amx
+#include "table.h"

@@ -1,0 +1,170 @@
+// The table of row and block kernels: one table an instruction set, chosen once when the library loads.
+//
+// Everything below this line of the library is plain C++ without PyTorch, compiled once for each instruction set;
+// everything above (the files named after an operator) allocates, checks and divides the work among threads.
+#pragma once
+
+#include <cstdint>
+
+namespace peftdyno {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// Rows of a matrix in memory: `stride` elements from a row to the next.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// A vector for every run of a bank: the rows offsets[j] to offsets[j + 1] of a matrix use values + j * width.
+struct RunVectors {
+  const float* values = nullptr;
+  const int64_t* offsets = nullptr;
+  int64_t num_runs = 1;
+};
+
+struct NormForward {
+  bool bf16;
+  int64_t width;
+  Rows x, residual, y, h;
+  RunVectors weight;  // the offset already added
+  float* rstd;
+  float eps;
+};
+
+struct NormBackward {
+  bool bf16;
+  int64_t width;
+  Rows dy, dh, h, dx;
+  RunVectors weight;
+  const float* rstd;
+  float* dweight;  // [R, width] of this thread, or null
+};
+
+enum class Activation { silu, gelu_tanh };
+
+struct GluForward {
+  bool bf16;
+  int64_t width;
+  Activation activation;
+  Rows gate_up, y;
+  RunVectors scale;  // values null without one
+};
+
+struct GluBackward {
+  bool bf16;
+  int64_t width;
+  Activation activation;
+  Rows dy, gate_up, dgate_up;
+  RunVectors scale;
+  float* dscale;  // [R, width] of this thread, or null
+};
+
+struct Rotary {
+  bool bf16;
+  int64_t num_heads, half;
+  Rows qkv;
+  const float *cos, *sin;
+  bool inverse;
+};
+
+struct BankAffine {
+  bool bf16, multiply;
+  int64_t width;
+  Rows y;
+  RunVectors values;
+};
+
+struct ColumnSums {
+  bool bf16;
+  int64_t width;
+  Rows dy, before;  // before.data null without one
+  const int64_t* offsets;
+  int64_t num_runs;
+  float* sums;  // [R, width] of this thread
+};
+
+struct ScaleRows {
+  bool bf16;
+  int64_t width;
+  Rows x, y;
+  const float* factors;
+};
+
+struct AdamW {
+  float *p, *m, *v;
+  const float* g;
+  float clip, beta1, beta2, fresh1, fresh2;  // fresh = 1 - beta
+  float step_size, root_correction, eps, keep;
+};
+
+struct LabelLoss {
+  bool bf16, need_gradient;
+  int64_t vocabulary;
+  Rows logits;  // overwritten by their gradient
+  const int64_t* targets;
+  float* loss;
+  float softcap;
+};
+
+struct Dropout {
+  uint32_t threshold;  // of 65536
+  float scale;         // 1 / (1 - threshold / 65536)
+  uint64_t key;
+  const int64_t* streams;
+};
+
+// target = x * mask, or target += x * mask with `add`.
+struct DropRows {
+  bool bf16, add;
+  int64_t width;
+  Rows x, target;
+  Dropout dropout;
+};
+
+struct Attention;
+struct KeyGradients;
+struct KeyGradientRows;
+
+struct Kernels {
+  const char* name;
+  void (*norm_forward)(const NormForward&, int64_t begin, int64_t end);
+  void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end);
+  void (*glu_forward)(const GluForward&, int64_t begin, int64_t end);
+  void (*glu_backward)(const GluBackward&, int64_t begin, int64_t end);
+  void (*rotary)(const Rotary&, int64_t begin, int64_t end);
+  void (*bank_affine)(const BankAffine&, int64_t begin, int64_t end);
+  void (*column_sums)(const ColumnSums&, int64_t begin, int64_t end);
+  void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);
+  void (*adamw)(const AdamW&, int64_t begin, int64_t end);
+  void (*label_loss)(const LabelLoss&, int64_t begin, int64_t end);
+  void (*drop_rows)(const DropRows&, int64_t begin, int64_t end);
+  int64_t (*attention_element)(bool bf16);  // bytes of an operand of its block products
+  void (*attention_pack)(const Attention&, int64_t begin, int64_t end);
+  void (*attention_forward)(const Attention&, int64_t begin, int64_t end, void* scratch);
+  void (*attention_backward)(const Attention&, const KeyGradients&, int64_t begin, int64_t end, void* scratch);
+  void (*attention_store_keys)(const Attention&, const KeyGradientRows&, int64_t begin, int64_t end);
+};
+
+// The table in force: the best that the processor has, or the one named by PEFTDYNO_ISA.
+const Kernels& kernels();
+
+// Put another in force: amx, avx512, avx2 or portable; the best for an empty name. Throws std::runtime_error.
+void use_isa(const char* name);
+
+namespace portable {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace amx {
+extern const Kernels table;
+}
+
+}  // namespace peftdyno

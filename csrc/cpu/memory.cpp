@@ -1,0 +1,59 @@
+// Bytes that PyTorch's CPU allocator hands out on this thread, with their peak: the recorder of kernels/memory.py.
+#include <c10/core/Allocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "operators.h"
+
+namespace peftdyno {
+namespace {
+
+class Recorder : public c10::MemoryReportingInfoBase {
+ public:
+  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device device) override {
+    if (!device.is_cpu()) return;
+    live_ += size;
+    if (size > 0) ++allocations_;
+    peak_ = std::max(peak_, live_);
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+  void reset_peak() { peak_ = live_; }
+  std::tuple<int64_t, int64_t, int64_t> figures() const { return {peak_, live_, allocations_}; }
+
+ private:
+  int64_t live_ = 0, peak_ = 0, allocations_ = 0;
+};
+
+Recorder& active() {
+  auto* info = c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE);
+  auto* recorder = dynamic_cast<Recorder*>(info);
+  TORCH_CHECK(recorder != nullptr, "the memory recorder is not running on this thread");
+  return *recorder;
+}
+
+}  // namespace
+
+void memory_start() {
+  TORCH_CHECK(c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE) == nullptr,
+              "a profiler or a memory recorder is already running on this thread");
+  c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<Recorder>());
+}
+
+std::tuple<int64_t, int64_t, int64_t> memory_now() {
+  return active().figures();
+}
+
+void memory_reset_peak() {
+  active().reset_peak();
+}
+
+std::tuple<int64_t, int64_t, int64_t> memory_stop() {
+  const auto figures = active().figures();
+  c10::ThreadLocalDebugInfo::_pop(c10::DebugInfoKind::PROFILER_STATE);
+  return figures;
+}
+
+}  // namespace peftdyno

@@ -1,0 +1,221 @@
+// Vectors of the width of one instruction set, written with the vector extensions of GCC and Clang.
+//
+// Included only by the per-instruction-set units: it must pull in no inline function of the standard library, which
+// the linker could otherwise share with code for older processors.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+#if defined(__AVX512F__)
+#define PEFTDYNO_LANES 16
+#elif defined(__AVX2__)
+#define PEFTDYNO_LANES 8
+#else
+#define PEFTDYNO_LANES 4
+#endif
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace peftdyno {
+namespace PEFTDYNO_ISA {
+
+constexpr int64_t LANES = PEFTDYNO_LANES;
+typedef float Vec __attribute__((vector_size(4 * PEFTDYNO_LANES)));
+typedef int32_t VecI __attribute__((vector_size(4 * PEFTDYNO_LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * PEFTDYNO_LANES)));
+typedef uint16_t VecH __attribute__((vector_size(2 * PEFTDYNO_LANES)));
+
+#define PEFTDYNO_INLINE static inline __attribute__((always_inline))
+
+template <class To, class From>
+PEFTDYNO_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+PEFTDYNO_INLINE Vec broadcast(float x) {
+  return x - Vec{};
+}
+
+PEFTDYNO_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+PEFTDYNO_INLINE void store(float* p, Vec v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+PEFTDYNO_INLINE Vec widen(VecH h) {
+  return bit_cast<Vec>(__builtin_convertvector(h, VecU) << 16);
+}
+
+PEFTDYNO_INLINE Vec load(const bfloat16* p) {
+  VecH h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return widen(h);
+}
+
+// Upper half of each element's bits after rounding to the nearest, ties to even; NaN stays NaN.
+PEFTDYNO_INLINE VecU rounded_bits(Vec v) {
+  VecU bits = bit_cast<VecU>(v);
+  VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  VecI nan = v != v;
+  return nan ? (bits | 0x400000u) : rounded;
+}
+
+PEFTDYNO_INLINE VecH narrow(Vec v) {
+#if defined(__AVX512BF16__)
+  return bit_cast<VecH>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#else
+  return __builtin_convertvector(rounded_bits(v) >> 16, VecH);
+#endif
+}
+
+PEFTDYNO_INLINE void store(bfloat16* p, Vec v) {
+  VecH h = narrow(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first n elements; the others read as zero.
+template <class T>
+PEFTDYNO_INLINE Vec load_some(const T* p, int64_t n) {
+  T buffer[LANES] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+template <class T>
+PEFTDYNO_INLINE void store_some(T* p, Vec v, int64_t n) {
+  T buffer[LANES];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+template <class T>
+PEFTDYNO_INLINE Vec load_upto(const T* p, int64_t n) {
+  return n >= LANES ? load(p) : load_some(p, n);
+}
+
+template <class T>
+PEFTDYNO_INLINE void store_upto(T* p, Vec v, int64_t n) {
+  if (n >= LANES)
+    store(p, v);
+  else
+    store_some(p, v, n);
+}
+
+PEFTDYNO_INLINE Vec select(VecI condition, Vec a, Vec b) {
+  return condition ? a : b;
+}
+
+PEFTDYNO_INLINE Vec maximum(Vec a, Vec b) {
+  return select(a > b, a, b);
+}
+
+PEFTDYNO_INLINE Vec minimum(Vec a, Vec b) {
+  return select(a < b, a, b);
+}
+
+PEFTDYNO_INLINE float sum(Vec v) {
+  float total[LANES];
+  store(total, v);
+  for (int64_t half = LANES / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
+  return total[0];
+}
+
+PEFTDYNO_INLINE float largest(Vec v) {
+  float best[LANES];
+  store(best, v);
+  for (int64_t half = LANES / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) best[i] = best[i] > best[i + half] ? best[i] : best[i + half];
+  return best[0];
+}
+
+// The nearest integer of values below 2^22 in size, as float and as integer.
+struct Rounded {
+  Vec value;
+  VecI integer;
+};
+
+PEFTDYNO_INLINE Rounded round_small(Vec x) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+  Vec shifted = x + shift;
+  return {shifted - shift, bit_cast<VecI>(shifted) - 0x4b400000};
+}
+
+// exp(r) - 1 for |r| <= ln(2) / 2: the Taylor series to the 7th power, whose remainder is below 2^-27 of r.
+PEFTDYNO_INLINE Vec expm1_reduced(Vec r) {
+  Vec p = broadcast(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  return p * r * r + r;
+}
+
+struct Reduced {
+  Vec r;
+  Vec power;  // 2^n as a float
+};
+
+// x = n ln 2 + r, ln 2 in two parts (Cody & Waite 1980) so that r keeps its bits.
+PEFTDYNO_INLINE Reduced reduce(Vec x) {
+  Rounded n = round_small(x * 1.44269504088896341f);
+  Vec r = x - n.value * 0.693359375f + n.value * 2.12194440e-4f;
+  return {r, bit_cast<Vec>((n.integer + 127) << 23)};
+}
+
+// exp(x) for x <= 88; exactly 0 below -87.
+PEFTDYNO_INLINE Vec exp(Vec x) {
+  VecI small = x < -87.0f;
+  Vec bounded = select(small, broadcast(-87.0f), x);
+  Reduced e = reduce(bounded);
+  return select(small, Vec{}, expm1_reduced(e.r) * e.power + e.power);
+}
+
+PEFTDYNO_INLINE Vec sigmoid(Vec x) {
+  Vec bounded = minimum(maximum(x, broadcast(-87.0f)), broadcast(87.0f));
+  Reduced e = reduce(-bounded);
+  return 1.0f / (1.0f + (expm1_reduced(e.r) * e.power + e.power));
+}
+
+// tanh |x| = -e / (e + 2) with e = exp(-2 |x|) - 1, which keeps the digits of small x.
+PEFTDYNO_INLINE Vec tanh(Vec x) {
+  Vec size = maximum(x, -x);
+  Vec bounded = minimum(size, broadcast(20.0f));
+  Reduced reduced = reduce(-2.0f * bounded);
+  Vec e = expm1_reduced(reduced.r) * reduced.power + (reduced.power - 1.0f);
+  Vec t = -e / (e + 2.0f);
+  Vec signed_t = select(x < 0.0f, -t, t);
+  return select(x != x, x, signed_t);
+}
+
+PEFTDYNO_INLINE Vec sqrt(Vec x) {
+  Vec root;
+  for (int64_t i = 0; i < LANES; ++i) root[i] = __builtin_sqrtf(x[i]);
+  return root;
+}
+
+// The run of a row among `offsets` [R + 1], searched onwards from `run`.
+PEFTDYNO_INLINE int64_t run_of(int64_t row, const int64_t* offsets, int64_t num_runs, int64_t run) {
+  while (run + 1 < num_runs && row >= offsets[run + 1]) ++run;
+  return run;
+}
+
+template <class T>
+PEFTDYNO_INLINE T* row_of(const Rows& rows, int64_t row) {
+  return static_cast<T*>(rows.data) + row * rows.stride;
+}
+
+}  // namespace PEFTDYNO_ISA
+}  // namespace peftdyno

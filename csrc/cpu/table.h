@@ -1,0 +1,27 @@
+// Defines the table of the instruction set that PEFTDYNO_ISA names; included once by each of its units.
+#pragma once
+
+#include "adamw_kernel.h"
+#include "attention_kernel.h"
+#include "bank_affine_kernel.h"
+#include "glu_kernel.h"
+#include "label_loss_kernel.h"
+#include "random_kernel.h"
+#include "rms_norm_kernel.h"
+#include "rotary_kernel.h"
+
+#define PEFTDYNO_TEXT_(x) #x
+#define PEFTDYNO_TEXT(x) PEFTDYNO_TEXT_(x)
+
+namespace peftdyno {
+namespace PEFTDYNO_ISA {
+
+const Kernels table = {
+    PEFTDYNO_TEXT(PEFTDYNO_ISA), norm_forward, norm_backward, glu_forward, glu_backward, rotary,
+    bank_affine,                 column_sums,  scale_rows,    adamw,       label_loss,   drop_rows,
+    attention_element,           attention_pack, attention_forward, attention_backward,
+    attention_store_keys,
+};
+
+}  // namespace PEFTDYNO_ISA
+}  // namespace peftdyno

@@ -1,0 +1,128 @@
+"""Attention over forests of segments in C++, forward and backward."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+SHAPES = {"grouped": (6, 2, 16), "single": (1, 1, 8), "odd": (3, 1, 9), "wide": (2, 2, 80), "nine": (9, 3, 64)}
+"""Query heads, key heads, head width."""
+
+
+@dataclass
+class Forest:
+    """A layout under construction: segments of tokens whose parents come before them."""
+
+    segments: list
+    chain: list
+    paths: list
+    rows: int = 0
+
+    @classmethod
+    def of(cls, lengths, parents, prefix=0):
+        """Segments of `lengths` with parents (-1: none); a prefix of virtual keys before every root."""
+        forest, total = cls([], [], []), sum(lengths)
+        for length, parent in zip(lengths, parents, strict=True):
+            root = [(total, prefix, 0)] if prefix else []
+            path = list(forest.paths[parent]) if parent >= 0 else root
+            position = sum(keys for _, keys, _ in path)
+            path.append((forest.rows, length, position))
+            forest.paths.append(path)
+            first = len(forest.chain)
+            forest.chain.extend(path)
+            forest.segments.append((forest.rows, length, first, len(forest.chain)))
+            forest.rows += length
+        return forest
+
+    def tables(self):
+        def table(rows, columns):
+            return torch.tensor(rows, dtype=torch.int32).reshape(-1, columns)
+
+        return table(self.segments, 4), table(self.chain, 3)
+
+
+FORESTS = {
+    "one-token": Forest.of([1], [-1]),
+    "sequences": Forest.of([63, 1, 0, 127, 5], [-1] * 5),
+    "shared": Forest.of([70, 9, 1, 33, 0], [-1, 0, 0, 0, 0]),
+    "deep": Forest.of([3, 2, 1, 4, 70, 1, 2, 5], [-1, 0, 1, 2, 3, 4, 5, 2]),
+    "two-trees": Forest.of([40, 11, 12, 66, 20], [-1, 0, 0, -1, 3]),
+    "prefix": Forest.of([30, 70, 5], [-1, 0, -1], prefix=13),
+    "empty-root": Forest.of([0, 17, 4], [-1, 0, 0]),
+}
+
+
+def tensors(forest, shape, dtype, extra):
+    heads, key_heads, width = shape
+    n = forest.rows
+    qkv = torch.randn(n, (heads + 2 * key_heads) * width + 5).to(dtype)[:, : (heads + 2 * key_heads) * width]
+    parts = qkv.unflatten(1, (heads + 2 * key_heads, width))
+    q, k, v = parts[:, :heads], parts[:, heads : heads + key_heads], parts[:, heads + key_heads :]
+    prefix = [torch.randn(extra, key_heads, width) for _ in range(2)] if extra else [None, None]
+    return q, k, v, *prefix
+
+
+def run(check, rows, forest, shape, dtype, window=0, softcap=0.0, gain=1.0):
+    extra = max(0, max((row + keys for row, keys, _ in forest.chain), default=0) - forest.rows)
+    inputs = tensors(forest, shape, dtype, extra)
+    inputs = (inputs[0] * gain, *inputs[1:])
+    options = (*forest.tables(), shape[2] ** -0.5, window, softcap, 8)
+    out, lse = check("attention", *inputs, *options)
+    assert out.stride(0) == shape[0] * shape[2] + 8
+    dout = rows(forest.rows, shape[0] * shape[2], dtype, spare=3)
+    check("attention_backward", dout, *inputs, out, lse, *options)
+
+
+@pytest.mark.parametrize("forest", FORESTS.values(), ids=FORESTS)
+@pytest.mark.parametrize("shape", ["grouped", "nine"])
+def test_forests(check, rows, dtype, forest, shape) -> None:
+    run(check, rows, forest, SHAPES[shape], dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(check, rows, dtype, shape) -> None:
+    run(check, rows, FORESTS["two-trees"], shape, dtype)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 1000])
+def test_windows(check, rows, dtype, window) -> None:
+    run(check, rows, FORESTS["shared"], SHAPES["grouped"], dtype, window=window)
+    run(check, rows, FORESTS["sequences"], SHAPES["odd"], dtype, window=window)
+
+
+def test_softcap(check, rows, dtype) -> None:
+    run(check, rows, FORESTS["shared"], SHAPES["grouped"], dtype, softcap=5.0)
+    run(check, rows, FORESTS["prefix"], SHAPES["grouped"], dtype, softcap=50.0, window=20)
+
+
+def test_extreme_scores(check, rows, dtype) -> None:
+    run(check, rows, FORESTS["sequences"], SHAPES["grouped"], dtype, gain=60.0)
+
+
+@pytest.mark.parametrize("threads_used", [1, 2, 3])
+def test_threads(check, rows, dtype, threads, threads_used) -> None:
+    threads(threads_used)
+    run(check, rows, FORESTS["two-trees"], SHAPES["nine"], dtype)
+
+
+def test_backward_repeats_itself(isa, dtype) -> None:
+    forest, shape = FORESTS["shared"], SHAPES["grouped"]
+    inputs = tensors(forest, shape, dtype, 0)
+    options = (*forest.tables(), 0.25, 0, 0.0, 0)
+    out, lse = torch.ops.peftdyno_cpu.attention(*inputs, *options)
+    dout = torch.randn(out.shape).to(dtype)
+    first, again = (torch.ops.peftdyno_cpu.attention_backward(dout, *inputs, out, lse, *options)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_queries_at_the_end_of_cached_keys(check, dtype) -> None:
+    """Decoding: fewer queries than keys, the last of which are their own, over a shared ancestor."""
+    heads, key_heads, width = SHAPES["nine"]
+    keys = [torch.randn(300, key_heads, width).to(dtype) for _ in range(2)]
+    q = torch.randn(4, heads, width).to(dtype)
+    segments = torch.tensor([[0, 1, 0, 2], [1, 1, 2, 4], [2, 2, 4, 6]], dtype=torch.int32)
+    chain = torch.tensor(
+        [[0, 100, 0], [100, 1, 100], [0, 100, 0], [101, 90, 100], [0, 100, 0], [200, 70, 100]], dtype=torch.int32
+    )
+    for window in (0, 50):
+        check("attention", q, *keys, None, None, segments, chain, 0.125, window, 0.0, 0)

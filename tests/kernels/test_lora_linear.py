@@ -1,0 +1,63 @@
+"""Low-rank terms of one or several runs on a frozen product in C++."""
+
+import pytest
+import torch
+
+from peftdyno.kernels.random import keep_mask
+
+MODULES = {"one": ([0, 48], [8]), "two": ([16, 32, 32, 48], [4, 4]), "odd": ([0, 7, 30, 33], [3, 5])}
+
+
+def bordered(weight: torch.Tensor, border: int) -> torch.Tensor:
+    out, columns = weight.shape
+    whole = torch.full((out + border, columns + border), float("nan"), dtype=weight.dtype)
+    return whole[:out, :columns].copy_(weight)
+
+
+def arguments(rows, dtype, runs, module, border, dropout, tokens=None):
+    spans, ranks = MODULES[module]
+    num_runs, n = len(runs) - 1, runs[-1]
+    columns = 96
+    x, weight = rows(n, columns, dtype, spare=border), bordered(rows(48, columns, dtype), border)
+    a = [torch.randn(num_runs, r, columns) / 10 for r in ranks]
+    b = [torch.randn(num_runs, spans[2 * m + 1] - spans[2 * m], r) for m, r in enumerate(ranks)]
+    scaling = [0.5 + 0.25 * i for i in range(len(ranks) * num_runs)]
+    streams = torch.randint(-(2**62), 2**62, (n,)) if dropout else None
+    keys = torch.randint(-(2**62), 2**62, (len(ranks), num_runs)) if dropout else None
+    return x, weight, a, b, (scaling, spans, list(runs), dropout, streams, keys), border
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("border", [0, 32])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_runs(check, rows, dtype, runs, module, border, dropout) -> None:
+    x, weight, a, b, terms, border = arguments(rows, dtype, runs, module, border, dropout)
+    bias = torch.randn(48).to(dtype) if module == "two" else None
+    y, u = check("lora_linear", x, weight, bias, a, b, *terms, border, border, 16)
+    assert y.stride(0) == 48 + 16
+    before = weight.clone(), x.clone()
+    dy = rows(x.shape[0], 48, dtype, spare=border)
+    for need_x in (True, False):
+        check("lora_linear_backward", dy, x, u, weight, a, b, *terms, border, need_x)
+    assert torch.equal(before[0], weight) and torch.equal(before[1], x), "the border's neighbours changed"
+
+
+@pytest.mark.parametrize("threads_used", [1, 2])
+def test_threads(check, rows, dtype, threads, threads_used) -> None:
+    threads(threads_used)
+    x, weight, a, b, terms, _ = arguments(rows, dtype, [0, 300, 513], "two", 32, 0.1)
+    _, u = check("lora_linear", x, weight, None, a, b, *terms, 32, 32, 0)
+    check("lora_linear_backward", rows(513, 48, dtype, spare=32), x, u, weight, a, b, *terms, 32, True)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 63, 127, 128, 576, 1001])
+def test_mask_is_the_stream(isa, columns) -> None:
+    """u = drop(1) A^T with A the identity shows the mask itself, element by element."""
+    n, dropout = 5, 0.3
+    streams, keys = torch.randint(-(2**62), 2**62, (n,)), torch.randint(-(2**62), 2**62, (1, 1))
+    weight, x = torch.zeros(1, columns), torch.ones(n, columns)
+    a, b = [torch.eye(columns)[None]], [torch.zeros(1, 1, columns)]
+    _, u = torch.ops.peftdyno_cpu.lora_linear(
+        x, weight, None, a, b, [1.0], [0, 1], [0, n], dropout, streams, keys, 0, 0, 0
+    )
+    assert torch.equal(u != 0, keep_mask(streams, columns, int(keys), dropout))
