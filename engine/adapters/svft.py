@@ -17,6 +17,7 @@ from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.weights import DecoderWeights
 from peftdyno.kernels.adapted_linear import TokenRuns
 from peftdyno.kernels.linear import linear
+from peftdyno.kernels.nf4 import Weight
 from peftdyno.kernels.rms_norm import rows_of_runs
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class SVFT(Method):
 
     The bases are computed once in fp32 and shared by all runs of a bank, in the compute dtype: min(out, in) * (out +
     in) values a target. A token's update is two products with them and a scale between, so R runs need no R-fold
-    copies. Stored are m and the hash of the target weights; each column of V has its largest entry made positive, so
-    the hash says which bases they were.
+    copies. Stored are m and the hash of the target weights, which says what the bases are: that a pair of columns of U
+    and V may change sign together does not show in the update.
     """
 
     name: ClassVar[str] = "svft"
@@ -73,7 +74,7 @@ class SVFT(Method):
         layer: int,
         site: str,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         runs: TokenRuns,
     ) -> Tensor | None:
@@ -110,10 +111,7 @@ def _identified(method: Method, digest: str) -> SVFT:
 
 
 def singular_bases(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """U [out, k] and V^T [k, in] of a weight in its dtype, computed in fp32 or better; of the two signs of each pair
-    the one that makes the largest entry of V's column positive."""
+    """U [out, k] and V^T [k, in] of a weight in its dtype, by falling singular value, computed in fp32 or better."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     left, _, right = torch.linalg.svd(wide, full_matrices=False)
-    largest = right.abs().argmax(dim=1, keepdim=True)
-    sign = right.gather(1, largest).sign()
-    return (left * sign.t()).to(weight.dtype), (right * sign).to(weight.dtype)
+    return left.to(weight.dtype), right.to(weight.dtype)
