@@ -71,15 +71,17 @@ def collect(
 
 
 def _records(folder: Path, model: str | None) -> tuple[dict[Key, RunRecord], dict[Key, str]]:
+    every = [(path, record) for path, record in find_records(folder) if model in (None, record.model["name"])]
+    scored = [(path, record) for path, record in every if record.scores is not None]
+    models = sorted({record.model["name"] for _, record in scored})
+    if len(models) > 1:
+        raise UserError(f"{folder} has runs of {len(models)} models; choose with --model: {', '.join(models)}")
+    if not scored:
+        more = f" ({len(every)} trained without being scored)" if every else ""
+        raise UserError(f"{folder} has no finished run{'' if model is None else f' of {model}'}{more}")
     runs: dict[Key, RunRecord] = {}
     places: dict[Key, str] = {}
-    unscored = 0
-    for path, record in find_records(folder):
-        if model is not None and record.model["name"] != model:
-            continue
-        if record.scores is None:
-            unscored += 1
-            continue
+    for path, record in scored:
         key = (record.method["name"], record.task["name"], record.seed)
         if key in runs:
             raise UserError(
@@ -87,12 +89,6 @@ def _records(folder: Path, model: str | None) -> tuple[dict[Key, RunRecord], dic
                 "report them from folders of their own"
             )
         runs[key], places[key] = record, str(path.relative_to(folder))
-    models = sorted({record.model["name"] for record in runs.values()})
-    if len(models) > 1:
-        raise UserError(f"{folder} has runs of {len(models)} models; choose with --model: {', '.join(models)}")
-    if not runs:
-        more = f" ({unscored} trained without being scored)" if unscored else ""
-        raise UserError(f"{folder} has no finished run{'' if model is None else f' of {model}'}{more}")
     return runs, places
 
 

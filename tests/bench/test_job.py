@@ -1,0 +1,160 @@
+"""A job: its record, its adapter, and what happens when it is stopped or asked for again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftdyno.bench.base_model import load_base
+from peftdyno.bench.job import Job, Places, run_job
+from peftdyno.bench.progress import Progress
+from peftdyno.bench.settings import make_settings
+from peftdyno.bench.steps import summarise
+from peftdyno.bench.store import read_record
+
+
+def job_settings(model: Path, data: Path, **more):
+    values = {"model": str(model), "data": data, "task": "sst2", "dtype": "fp32", "steps": 6, "batch": 2}
+    return make_settings({**values, **more})
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path):
+    return load_base(str(tiny_model), "fp32", "cpu")
+
+
+def finish(base, out: Path, **settings):
+    job = Job.prepare(job_settings(base.files.name, settings.pop("data"), **settings))
+    return run_job(job, base, Places.under(out, job.settings.seeds), Progress())
+
+
+def test_record_and_files(base, tiny_data: Path, tmp_path: Path) -> None:
+    record = finish(base, tmp_path, data=tiny_data)[0]
+    assert read_record(tmp_path / "run.json").model_dump(mode="json") == record.model_dump(mode="json")
+    assert (
+        record.parameters.trainable
+        == record.parameters.stored
+        == sum(tensor.numel() for tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values())
+    )
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert record.loss["first"] == metrics[0]["loss"][0] and record.loss["last"] == metrics[-1]["loss"][0]
+    best = min(line["validation_loss"][0] for line in metrics if "validation_loss" in line)
+    assert record.loss["best_validation"] == best
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == record.data["test"]["rows"] == 10
+    assert record.data["train"]["rows_used"] + record.data["validation"]["rows_used"] == 40
+    assert record.data["cut_sequences"] == {"train": 0, "validation": 0, "test": 0}
+    assert record.pscp_inputs.score_percent == 100 * record.score()
+    assert not (tmp_path / "checkpoints").exists() and not list(tmp_path.rglob(".partial*"))
+
+
+def test_model_card_states_what_was_measured(base, tiny_data: Path, tmp_path: Path) -> None:
+    record = finish(base, tmp_path, data=tiny_data)[0]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"| f1, tuned model | {100 * record.score():.2f}% | measured |" in card
+    assert f"| trainable parameters | {record.parameters.trainable:,} | exact |" in card
+    assert "resident peak" in card
+
+
+def test_adapter_is_the_tuned_one(base, tiny_data: Path, tmp_path: Path) -> None:
+    finish(base, tmp_path, data=tiny_data, learning_rate=1e-2, evaluate=False)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    changed = [name for name, tensor in tensors.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert changed, "B starts at zero and must have moved"
+
+
+def test_runs_together_equal_runs_apart(base, tiny_data: Path, tmp_path: Path) -> None:
+    together = finish(base, tmp_path / "both", data=tiny_data, seeds=(3, 5))
+    for seed, record in zip((3, 5), together, strict=True):
+        alone = finish(base, tmp_path / f"alone-{seed}", data=tiny_data, seeds=(seed,))[0]
+        assert record.seed == seed and record.runs_together == 2 and alone.runs_together == 1
+        assert record.fingerprint == alone.fingerprint
+        assert record.scores == alone.scores
+        assert record.loss["last"] == pytest.approx(alone.loss["last"], rel=1e-4)
+        one, other = (
+            load_file(folder / "adapter" / "adapter_model.safetensors")
+            for folder in (tmp_path / "both" / f"seed-{seed}", tmp_path / f"alone-{seed}")
+        )
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+        lines = (tmp_path / "both" / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+        assert all(len(json.loads(line)["loss"]) == 1 for line in lines)
+
+
+def test_asked_again_it_says_what_is_there(shell, tmp_path: Path) -> None:
+    line = ("train", "--task", "sst2", *shell.job("--out", tmp_path, "--json"))
+    first = shell(*line)
+    before = (tmp_path / "run.json").stat().st_mtime_ns
+    second = shell(*line)
+    assert first.status == second.status == 0 and first.json == second.json
+    assert "finished already" in second.err and (tmp_path / "run.json").stat().st_mtime_ns == before
+
+
+def test_folder_of_another_job_is_refused(shell, tmp_path: Path) -> None:
+    shell("train", "--task", "sst2", *shell.job("--out", tmp_path))
+    assert "holds another run" in shell.fails("train", "--task", "sst2", *shell.job("--out", tmp_path, "--lr", 1))
+    (tmp_path / "run.json").unlink()
+    said = shell.fails("train", "--task", "sst2", *shell.job("--out", tmp_path, "--lr", 1))
+    assert "unfinished job" in said
+
+
+def test_what_a_result_does_not_follow_from_is_no_other_job(base, tiny_data: Path) -> None:
+    def key(**more):
+        return Job.prepare(job_settings(base.files.name, tiny_data, **more)).fingerprint(0, base)
+
+    assert key() == key(threads=1) == key(device="cpu") == key(seeds=(42, 7))
+    assert len({key(), key(steps=7), key(seeds=(7,)), key(limit_test=4), key(lora={"rank": 3})}) == 5
+
+
+def test_changed_data_is_another_job(base, tiny_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    for path in (tiny_data / "sst2").iterdir():
+        (folder / path.name).write_text(path.read_text())
+    same = Job.prepare(job_settings(base.files.name, tmp_path)).fingerprint(0, base)
+    assert same == Job.prepare(job_settings(base.files.name, tiny_data)).fingerprint(0, base)
+    path = folder / "validation.jsonl"
+    path.write_text(path.read_text().replace("dull", "flat"))
+    assert same != Job.prepare(job_settings(base.files.name, tmp_path)).fingerprint(0, base)
+
+
+def test_long_prompts_are_cut_and_counted(base, tiny_data: Path, tmp_path: Path) -> None:
+    record = finish(base, tmp_path, data=tiny_data, max_length=40, evaluate=False, steps=2)[0]
+    cut = record.data["cut_sequences"]
+    assert cut == {"train": 4, "validation": 4}
+
+
+def killed(command: list[str], out: Path, path: Path, lines: int) -> bool:
+    """Start a command and kill it once a file has so many lines; whether that was before its end."""
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            os.kill(child.pid, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    return child.wait() != 0
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_bits(shell, tmp_path: Path) -> None:
+    line = ["train", "--task", "sst2", "--quiet", *shell.job("--steps", 30, "--seed", 4)]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert shell(*line, "--out", whole).status == 0
+    command = [sys.executable, "-m", "peftdyno.bench", *map(str, line), "--out", str(broken)]
+    assert killed(command, broken, broken / "metrics.jsonl", 3)
+    assert killed(command, broken, broken / "metrics.jsonl", 20)
+    assert not (broken / "run.json").exists()
+    assert shell(*line, "--out", broken).status == 0
+    for name in ("metrics.jsonl", "predictions.jsonl", "adapter/adapter_model.safetensors"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    steps = summarise(broken / "steps.jsonl")
+    assert steps.tokens >= summarise(whole / "steps.jsonl").tokens
