@@ -25,6 +25,7 @@ OPERATORS = {
     "linear_backward": "linear.backward",
     "lora_linear": "lora_linear.forward",
     "lora_linear_backward": "lora_linear.backward",
+    "nf4_dequantise": "nf4.dequantise",
     "rms_norm": "rms_norm.forward",
     "rms_norm_backward": "rms_norm.backward",
     "rotary_": "rotary.turn",

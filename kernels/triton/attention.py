@@ -7,7 +7,6 @@ by their log-sums. Scores are in base 2 inside the kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton.attention_tables import QueryTiles, planned, query_tiles
 from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.tuning import Tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PIECE = 512
@@ -116,7 +117,7 @@ def _forward(
     for link in range(tl.load(items + 4), tl.load(items + 5)):
         key, start_position, low, a, b, high = key_bounds(links + 3 * link, first, last, WINDOW, BLOCK)
         at_k, at_v, k_step, v_step = k + kv * k_head, v + kv * v_head, k_stride, v_stride
-        if PREFIX:
+        if PREFIX:  # noqa: SIM102
             if key >= num_keys:
                 key -= num_keys
                 at_k, at_v = prefix_k + kv * D, prefix_v + kv * D
@@ -136,8 +137,9 @@ def _forward(
             state, total, top, rows, at_k, at_v, k_step, v_step, b, high, start_position, position, scale,
             softcap, D, WIDTH, BLOCK, WINDOW, CAP, True, PRECISION,
         )  # fmt: skip
-    sums = (top + tl.log2(total)) / LOG2_E
-    value = state / tl.where(total == 0.0, 1.0, total)[:, None]
+    divisor = tl.where(total == 0.0, 1.0, total)
+    sums = (top + tl.log2(divisor)) / LOG2_E
+    value = state / divisor[:, None]
     if SPLIT:
         slot = (item * tl.num_programs(1) + kv).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         tl.store(lse + slot, tl.where(total == 0.0, float("-inf"), sums))
@@ -173,21 +175,14 @@ def _combine(
         tl.store(at, (state / total).to(out.dtype.element_ty), mask=column < D)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows and keys of a tile, warps and pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+def width_class(head_dim: int) -> int:
+    """Width of a head as tiles are chosen by it."""
+    return min((width for width in (64, 128) if head_dim <= width), default=256)
 
 
-def tile(head_dim: int, num_rows: int) -> Tile:
-    """The forward kernel's tile by width of a head and number of rows of the longest segment."""
-    if num_rows <= 16:
-        return Tile(16, 64, 4, 3)
-    return Tile(128, 64, 8, 3) if head_dim <= 128 else Tile(64, 64, 4, 2)
+def tile(head_dim: int, num_rows: int, device: torch.device) -> Tile:
+    """The forward kernel's tile (`columns` are keys) by width of a head and number of rows of the longest segment."""
+    return tuning.tile(f"attention/{'decode' if num_rows <= 16 else width_class(head_dim)}", device)
 
 
 def _piece(tiles: int, key_heads: int, device: torch.device, longest: int) -> int:
@@ -201,7 +196,7 @@ def _plan(segments: Tensor, chain: Tensor, shape: tuple[int, int, int], window: 
     """(tile, work list) of the forward pass."""
     group, key_heads, d = shape
     longest = int(segments[:, 1].max()) * group if len(segments) else 0
-    sizes = tile(d, longest)
+    sizes = tile(d, longest, device)
     count = int((-(-segments[:, 1] * group // sizes.rows)).sum()) if len(segments) else 0
     piece = _piece(count, key_heads, device, int(chain[:, 1].max()) if len(chain) else 0)
     return sizes, query_tiles(segments, chain, group, sizes.rows, piece, window, device)
@@ -225,10 +220,8 @@ def forward(
     group = heads // key_heads
     out = with_spare(n, heads * d, spare, q)
     lse = torch.zeros(heads, n, dtype=torch.float32, device=q.device)
-    key = ("forward", group, key_heads, d, window, q.device)
-    sizes, tiles = planned(
-        segments, key, lambda: _plan(segments, chain, (group, key_heads, d), window, q.device)
-    )
+    key = ("forward", group, key_heads, d, window, q.device, tile(d, 1, q.device), tile(d, 128, q.device))
+    sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, (group, key_heads, d), window, q.device))
     if len(tiles.items):
         _launch(q, k, v, (prefix_k, prefix_v), out, lse, sizes, tiles, (scale, window, softcap))
     return out, lse
@@ -261,7 +254,7 @@ def _launch(
     _forward[(count, key_heads)](
         q, k, v, prefix_rows(prefix[0], k), prefix_rows(prefix[1], v), target, sums, tiles.items, tiles.links,
         k.shape[0], n, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], key_heads * d, out.stride(0), scale,
-        softcap, G=group, D=d, WIDTH=width, ROWS=sizes.rows, BLOCK=sizes.keys, WINDOW=window, CAP=softcap != 0.0,
+        softcap, G=group, D=d, WIDTH=width, ROWS=sizes.rows, BLOCK=sizes.columns, WINDOW=window, CAP=softcap != 0.0,
         PREFIX=prefix[0] is not None, SPLIT=tiles.split, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -287,19 +280,19 @@ _FORWARD = (
 )
 
 
-def _case(name: str, d: int, sizes: Tile, store: str = "*bf16", **options: Any) -> Compiled:
-    constants = {"G": 4, "D": d, "WIDTH": d, "ROWS": sizes.rows, "BLOCK": sizes.keys, "PRECISION": "tf32"}
+def _case(name: str, d: int, kind: str = "", store: str = "*bf16", **options: Any) -> Compiled:
+    constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32"}
     constants |= {"WINDOW": 0, "CAP": False, "PREFIX": False, "SPLIT": False} | options
-    limits = Limits(registers=255, shared=160 * 1024, matrix=True)
-    return Compiled(name, _forward, types(_FORWARD, store), constants, sizes.warps, sizes.stages, limits)
+    limits = Limits(registers=255, spills_sm_100=64, matrix=True)
+    return Compiled(name, _forward, types(_FORWARD, store), constants, limits=limits, tile=f"attention/{kind or d}")
 
 
 COMPILED = [
-    _case("attention", 128, tile(128, 4096)),
-    _case("attention, 64 wide", 64, tile(64, 4096)),
-    _case("attention, prefix", 128, tile(128, 4096), PREFIX=True),
-    _case("attention, window and softcap", 256, tile(256, 4096), WINDOW=1024, CAP=True),
-    _case("attention, decode", 128, tile(128, 4), "*fp32", SPLIT=True),
+    _case("attention", 128),
+    _case("attention, 64 wide", 64),
+    _case("attention, prefix", 128, PREFIX=True),
+    _case("attention, window and softcap", 256, WINDOW=1024, CAP=True),
+    _case("attention, decode", 128, "decode", "*fp32", SPLIT=True),
     Compiled(
         "attention, combine",
         _combine,

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton.attention import LOG2_E, Tile, key_bounds, prefix_rows, score, types, visible
+from peftdyno.kernels.triton.attention import LOG2_E, key_bounds, prefix_rows, score, types, visible, width_class
 from peftdyno.kernels.triton.attention_tables import KeyTiles, key_tiles, planned, query_tiles
 from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.tuning import Tile
 
 MOST_ROWS = 16384
 """Rows that one program of the second pass reads before its keys are shared between several."""
@@ -27,7 +29,7 @@ MOST_ROWS = 16384
 def _query_steps(
     dq, q, dout, lse, delta, k, v, k_stride, v_stride, low, high, position, query_position, scale, softcap,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)
     for n0 in range(low, high, BLOCK):
@@ -38,8 +40,7 @@ def _query_steps(
         values = tl.load(v + row * v_stride + column[:, None], mask=mask, other=0.0)
         s, t = score(q, keys, scale, softcap, CAP, PRECISION)
         p = tl.exp2(s - lse[:, None])
-        if MASKED:
-            p = tl.where(visible(query_position[:, None], n[None, :], position, high, WINDOW), p, 0.0)
+        p = tl.where(visible(query_position[:, None], n[None, :], position, high, WINDOW), p, 0.0)
         ds = p * (tl.dot(dout, values, input_precision=PRECISION) - delta[:, None])
         if CAP:
             ds *= 1.0 - t * t
@@ -74,27 +75,18 @@ def _query_gradient(
     last = position0 + tl.minimum((first_row + ROWS - 1) // G, queries - 1)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for link in range(tl.load(items + 4), tl.load(items + 5)):
-        key, start_position, low, a, b, high = key_bounds(links + 3 * link, first, last, WINDOW, BLOCK)
+        key, start_position, low, _, _, high = key_bounds(links + 3 * link, first, last, WINDOW, BLOCK)
         at_k, at_v, k_step, v_step = k + kv * k_head, v + kv * v_head, k_stride, v_stride
-        if PREFIX:
+        if PREFIX:  # noqa: SIM102
             if key >= num_keys:
                 key -= num_keys
                 at_k, at_v = prefix_k + kv * D, prefix_v + kv * D
                 k_step, v_step = prefix_stride, prefix_stride
         at_k += key.to(tl.int64) * k_step
         at_v += key.to(tl.int64) * v_step
-        if WINDOW > 0:
-            total = _query_steps(
-                total, rows, grad, sums, d, at_k, at_v, k_step, v_step, low, a, start_position, position, scale,
-                softcap, D, WIDTH, BLOCK, WINDOW, CAP, True, PRECISION,
-            )  # fmt: skip
         total = _query_steps(
-            total, rows, grad, sums, d, at_k, at_v, k_step, v_step, a, b, start_position, position, scale, softcap,
-            D, WIDTH, BLOCK, WINDOW, CAP, False, PRECISION,
-        )  # fmt: skip
-        total = _query_steps(
-            total, rows, grad, sums, d, at_k, at_v, k_step, v_step, b, high, start_position, position, scale,
-            softcap, D, WIDTH, BLOCK, WINDOW, CAP, True, PRECISION,
+            total, rows, grad, sums, d, at_k, at_v, k_step, v_step, low, high, start_position, position, scale, softcap,
+            D, WIDTH, BLOCK, WINDOW, CAP, PRECISION,
         )  # fmt: skip
     total *= scale
     tl.store(dq + token[:, None] * dq_stride + at, total.to(dq.dtype.element_ty), mask=inside)
@@ -105,7 +97,7 @@ def _key_steps(
     dk, dv, keys, values, q, dout, lse, delta, num_rows, q_stride, q_head, dout_stride, start, low, high, position0,
     n, count, position, scale, softcap,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)
     for m0 in range(low, high, ROWS):
@@ -119,9 +111,7 @@ def _key_steps(
         d = tl.load(delta + head * num_rows + token, mask=m < high, other=0.0)
         s, t = score(keys, tl.trans(rows), scale, softcap, CAP, PRECISION)
         p = tl.exp2(s - sums[None, :] * LOG2_E)
-        if MASKED:
-            seen = visible((position0 + query)[None, :], n[:, None], position, count, WINDOW)
-            p = tl.where(seen, p, 0.0)
+        p = tl.where(visible((position0 + query)[None, :], n[:, None], position, count, WINDOW), p, 0.0)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         ds = p * (tl.dot(values, tl.trans(grad), input_precision=PRECISION) - d[None, :])
         if CAP:
@@ -162,7 +152,7 @@ def _key_gradient(
     key, count, position, first = tl.load(items), tl.load(items + 1), tl.load(items + 2), tl.load(items + 3)
     n, column = first + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     at_k, at_v, k_step, v_step, from_row = k + kv * k_head, v + kv * v_head, k_stride, v_stride, key
-    if PREFIX:
+    if PREFIX:  # noqa: SIM102
         if key >= num_keys:
             from_row = key - num_keys
             at_k, at_v = prefix_k + kv * D, prefix_v + kv * D
@@ -176,31 +166,14 @@ def _key_gradient(
     for reader in range(tl.load(items + 4), tl.load(items + 5)):
         start, queries = tl.load(readers + 3 * reader), tl.load(readers + 3 * reader + 1)
         position0 = tl.load(readers + 3 * reader + 2)
-        low, high = tl.maximum(0, oldest - position0), queries
-        whole = tl.maximum(low, newest - position0) * G
-        end = queries
+        low, high = tl.maximum(0, oldest - position0) * G, queries * G
         if WINDOW > 0:
-            high = tl.minimum(queries, newest + WINDOW - position0)
-            end = tl.minimum(high, oldest + WINDOW - position0)
-        low, high, end = low * G, high * G, end * G
-        a = tl.minimum(low + (whole - low + ROWS - 1) // ROWS * ROWS, tl.maximum(high, low))
-        b = a + tl.maximum(end - a, 0) // ROWS * ROWS
+            high = tl.minimum(queries, newest + WINDOW - position0) * G
         at_q, at_dout = q + kv * G * q_head, dout + kv * G * D
         at_lse, at_delta = lse + kv * G * num_rows, delta + kv * G * num_rows
         total_k, total_v = _key_steps(
             total_k, total_v, keys, values, at_q, at_dout, at_lse, at_delta, num_rows, q_stride, q_head, dout_stride,
-            start, low, a, position0, n, count, position, scale, softcap, G, D, WIDTH, ROWS, WINDOW, CAP, True,
-            PRECISION,
-        )  # fmt: skip
-        total_k, total_v = _key_steps(
-            total_k, total_v, keys, values, at_q, at_dout, at_lse, at_delta, num_rows, q_stride, q_head, dout_stride,
-            start, a, b, position0, n, count, position, scale, softcap, G, D, WIDTH, ROWS, WINDOW, CAP, False,
-            PRECISION,
-        )  # fmt: skip
-        total_k, total_v = _key_steps(
-            total_k, total_v, keys, values, at_q, at_dout, at_lse, at_delta, num_rows, q_stride, q_head, dout_stride,
-            start, b, high, position0, n, count, position, scale, softcap, G, D, WIDTH, ROWS, WINDOW, CAP, True,
-            PRECISION,
+            start, low, high, position0, n, count, position, scale, softcap, G, D, WIDTH, ROWS, WINDOW, CAP, PRECISION,
         )  # fmt: skip
     total_k *= scale
     slot = tl.load(items + 6)
@@ -236,14 +209,14 @@ def _sum_keys(
     )  # fmt: skip
 
 
-def query_tile(head_dim: int) -> Tile:
-    """Tile of the pass for dq."""
-    return Tile(128, 64, 8, 2) if head_dim <= 128 else Tile(64, 32, 8, 1)
+def query_tile(head_dim: int, device: torch.device) -> Tile:
+    """Tile of the pass for dq; `columns` are keys."""
+    return tuning.tile(f"attention_dq/{width_class(head_dim)}", device)
 
 
-def key_tile(head_dim: int) -> Tile:
-    """Tile of the pass for dk and dv; `keys` stay in registers, `rows` stream through."""
-    return Tile(64, 128, 8, 2) if head_dim <= 128 else Tile(32, 64, 8, 1)
+def key_tile(head_dim: int, device: torch.device) -> Tile:
+    """Tile of the pass for dk and dv: keys (`columns`) stay in registers, rows stream through."""
+    return tuning.tile(f"attention_dk/{width_class(head_dim)}", device)
 
 
 def backward(
@@ -269,7 +242,7 @@ def backward(
     dqkv = with_spare(n, (heads + 2 * key_heads) * d, spare, q)
     shape = (0, key_heads, d) if prefix_k is None else prefix_k.shape
     dprefix = [torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in range(2)]
-    rows, keys = query_tile(d), key_tile(d)
+    rows, keys = query_tile(d, q.device), key_tile(d, q.device)
     by_query = planned(
         segments,
         ("dq", group, rows, q.device),
@@ -278,7 +251,7 @@ def backward(
     by_key = planned(
         segments,
         ("dk", group, keys, MOST_ROWS, q.device),
-        lambda: key_tiles(segments, chain, group, keys.keys, MOST_ROWS, q.device),
+        lambda: key_tiles(segments, chain, group, keys.columns, MOST_ROWS, q.device),
     )
     if by_key.covered < n + shape[0] or int(segments[:, 1].sum()) < n:
         dqkv.zero_()
@@ -287,14 +260,14 @@ def backward(
         options = (scale, window, softcap, prefix_k is not None)
         delta = _launch_queries(tensors, dqkv, rows, by_query, options)
         _launch_keys((*tensors[:6], lse, delta), dqkv, dprefix, keys, by_key, options)
-    return dqkv, *dprefix
+    return dqkv, dprefix[0], dprefix[1]
 
 
 def _constants(q: Tensor, k: Tensor, sizes: Tile, options: tuple[float, int, float, bool]) -> dict[str, Any]:
     d = q.shape[2]
     return {
         "G": q.shape[1] // k.shape[1], "D": d, "WIDTH": max(16, triton.next_power_of_2(d)), "ROWS": sizes.rows,
-        "BLOCK": sizes.keys, "WINDOW": options[1], "CAP": options[2] != 0.0, "PREFIX": options[3],
+        "BLOCK": sizes.columns, "WINDOW": options[1], "CAP": options[2] != 0.0, "PREFIX": options[3],
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": sizes.warps, "num_stages": sizes.stages,
     }  # fmt: skip
@@ -326,7 +299,7 @@ def _launch_keys(
     (n, heads, d), key_heads = q.shape, k.shape[1]
     dk, dv = dqkv[:, heads * d :], dqkv[:, (heads + key_heads) * d :]
     constants = _constants(q, k, sizes, options)
-    parts = [q.new_empty(tiles.slots, key_heads, sizes.keys, d, dtype=torch.float32) for _ in range(2)]
+    parts = [q.new_empty(tiles.slots, key_heads, sizes.columns, d, dtype=torch.float32) for _ in range(2)]
     _key_gradient[(len(tiles.items), key_heads)](
         *tensors, dk, dv, *dprefix, *parts, tiles.items, tiles.readers, k.shape[0], n, *q.stride()[:2],
         *k.stride()[:2], *v.stride()[:2], key_heads * d, dout.stride(0), dqkv.stride(0), options[0], options[2],
@@ -335,7 +308,7 @@ def _launch_keys(
     if tiles.slots:
         _sum_keys[(len(tiles.sums), key_heads)](
             *parts, dk, dv, *dprefix, tiles.sums, k.shape[0], dqkv.stride(0), key_heads * d, D=d,
-            WIDTH=constants["WIDTH"], BLOCK=sizes.keys, PREFIX=options[3], num_warps=8,
+            WIDTH=constants["WIDTH"], BLOCK=sizes.columns, PREFIX=options[3], num_warps=8,
         )  # fmt: skip
 
 
@@ -349,21 +322,23 @@ _KEY = (
 )
 
 
-def _case(name: str, kernel: Any, arguments: str, d: int, sizes: Tile, **options: Any) -> Compiled:
-    constants = {"G": 4, "D": d, "WIDTH": d, "ROWS": sizes.rows, "BLOCK": sizes.keys, "PRECISION": "tf32"}
-    constants |= {"WINDOW": 0, "CAP": False, "PREFIX": False} | options
-    limits = Limits(registers=255, shared=160 * 1024, matrix=True)
-    return Compiled(name, kernel, types(arguments), constants, sizes.warps, sizes.stages, limits)
+def _case(name: str, kernel: Any, tile: str, **options: Any) -> Compiled:
+    d = int(tile.split("/")[1])
+    constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32", "WINDOW": 0, "CAP": False, "PREFIX": False} | options
+    limits = Limits(registers=255, spills_sm_100=64, matrix=True)
+    return Compiled(
+        name, kernel, types(_QUERY if kernel is _query_gradient else _KEY), constants, limits=limits, tile=tile
+    )
 
 
 COMPILED = [
-    _case("attention dq", _query_gradient, _QUERY, 128, query_tile(128)),
-    _case("attention dq, 64 wide, prefix", _query_gradient, _QUERY, 64, query_tile(64), PREFIX=True),
-    _case("attention dq, window and softcap", _query_gradient, _QUERY, 256, query_tile(256), WINDOW=1024, CAP=True),
-    _case("attention dk dv", _key_gradient, _KEY, 128, key_tile(128), SHARED=False),
-    _case("attention dk dv, prefix", _key_gradient, _KEY, 128, key_tile(128), PREFIX=True, SHARED=True),
-    _case("attention dk dv, 64 wide", _key_gradient, _KEY, 64, key_tile(64), SHARED=True),
+    _case("attention dq", _query_gradient, "attention_dq/128"),
+    _case("attention dq, 64 wide, prefix", _query_gradient, "attention_dq/64", PREFIX=True),
+    _case("attention dq, window and softcap", _query_gradient, "attention_dq/256", WINDOW=1024, CAP=True),
+    _case("attention dk dv", _key_gradient, "attention_dk/128", SHARED=False),
+    _case("attention dk dv, prefix", _key_gradient, "attention_dk/128", PREFIX=True, SHARED=True),
+    _case("attention dk dv, 64 wide", _key_gradient, "attention_dk/64", SHARED=True),
     _case(
-        "attention dk dv, window and softcap", _key_gradient, _KEY, 256, key_tile(256), WINDOW=1024, CAP=True, SHARED=False
+        "attention dk dv, window and softcap", _key_gradient, "attention_dk/256", WINDOW=1024, CAP=True, SHARED=False
     ),
 ]

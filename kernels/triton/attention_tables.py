@@ -6,6 +6,7 @@ a range of keys with the position of its first. Since positions decide what is s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class QueryTiles:
 
 @dataclass(frozen=True)
 class KeyTiles:
-    """items [T, 7]: first key row, keys of the range, position of its first key, first key of the tile within the range,
+    """items [T, 7]: first key row, keys of the range, position of its first key, first key of the tile in the range,
     readers first:last, slot of a partial sum or -1. readers [L, 3]: first query row, number of queries, position of
     the first. sums [P, 5]: first key row, keys of the range, first key of the tile, slots first:last."""
 
@@ -67,9 +68,7 @@ def _tiles(segments: Table, positions: Table, group: int, block: int) -> Table:
     counts = -(-segments[:, 1] * group // block)
     owner = np.repeat(np.arange(len(segments)), counts)
     step = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    tiles = np.stack(
-        [segments[owner, 0], segments[owner, 1], positions[owner], step * block, owner], axis=1
-    )
+    tiles = np.stack([segments[owner, 0], segments[owner, 1], positions[owner], step * block, owner], axis=1)
     last = tiles[:, 2] + (tiles[:, 3] + block) // group
     ordered: Table = tiles[np.argsort(-last, kind="stable")]
     return ordered
@@ -90,7 +89,8 @@ def query_tiles(
     for start, queries, position, row, owner in tiles.tolist():
         first_item, oldest = len(items_list), position + row // group - window + 1 if window else 0
         for link in range(table[owner, 2], table[owner, 3]):
-            for sub in _pieces(*links[link].tolist(), piece, oldest):
+            key, keys, position_of_key = links[link].tolist()
+            for sub in _pieces(key, keys, position_of_key, piece, oldest):
                 items_list.append((start, queries, position, row, len(cut), len(cut) + 1))
                 cut.append(sub)
         parts.append((start, queries, row, first_item, len(items_list)))
@@ -118,7 +118,7 @@ def key_tiles(
             if link[1]:
                 readers_of.setdefault(link, []).append(index)
     ranges = sorted(readers_of)
-    for (start, keys, _), (following, _, _) in zip(ranges, ranges[1:], strict=False):
+    for (start, keys, _), (following, _, _) in itertools.pairwise(ranges):
         assert start + keys <= following, f"keys from {following} on belong to two ranges of the pack"
     positions = _first_positions(table, links)
     items: list[tuple[int, ...]] = []

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from peftdyno.kernels.tuning import SHIPPED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +17,19 @@ class Limits:
 
     registers: int = 128
     spills: int = 0
-    shared: int = 100 * 1024
+    spills_sm_100: int = 0
+    """Accumulators lie in tensor memory there and pass through registers; no GPU of the kind was at hand."""
+    shared: int = 227 * 1024
+    """On sm_80 it is 99 KB in any case, which its smaller sisters (sm_86, sm_89) have."""
     matrix: bool = False
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel with its argument types, constants and launch options, as it is used at full size."""
+    """One kernel with its argument types, constants and launch options, as it is used at full size.
+
+    Where `tile` names an entry of `tuning.SHIPPED`, its sizes are the constants `sizes`, and its warps and stages hold.
+    """
 
     name: str
     kernel: Any
@@ -30,6 +38,16 @@ class Compiled:
     num_warps: int = 4
     num_stages: int = 3
     limits: Limits = field(default_factory=Limits)
+    tile: str = ""
+    sizes: tuple[str, str] = ("ROWS", "BLOCK")
+
+    def on(self, arch: int) -> Compiled:
+        """The case with the tile shipped for an architecture filled in."""
+        if not self.tile:
+            return self
+        tile = SHIPPED[self.tile][arch]
+        constants = self.constants | dict(zip(self.sizes, (tile.rows, tile.columns), strict=True))
+        return replace(self, constants=constants, num_warps=tile.warps, num_stages=tile.stages, tile="")
 
     @property
     def aligned(self) -> set[str]:

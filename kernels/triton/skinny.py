@@ -6,21 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftdyno.kernels import tuning
 from peftdyno.kernels.random import threshold
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 from peftdyno.kernels.triton.dropout import keep
 from peftdyno.kernels.triton.low_rank import Modules, field
 from peftdyno.kernels.triton.row_chunks import row_chunks, sum_chunks
 
-PROJECT_TOKENS, PROJECT_BLOCK = 32, 128
-OUTER_CHUNK, OUTER_TOKENS, OUTER_BLOCK = 1024, 64, 128
-ADD_TOKENS, ADD_BLOCK = 64, 128
+OUTER_CHUNK = 1024
+"""Tokens over which one program sums dA or dB."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def project(
     """
     n = x.shape[0]
     u = x.new_empty(n, modules.columns)
-    chunks = row_chunks(runs, PROJECT_TOKENS, x.device)
+    tile = tuning.tile("lora_project", x.device)
+    chunks = row_chunks(runs, tile.rows, x.device)
     strides = (factor.stride(1), factor.stride(0)) if of_b else factor.stride()
     if chunks.count:
         _project[(len(modules.ranks), chunks.count)](
@@ -191,8 +193,8 @@ def project(
             x.shape[1], x.stride(0), *strides, u.stride(0), 0 if wide is None else wide.stride(0),
             modules.num_runs, 0 if dropout is None else dropout.limit, 1.0 if dropout is None else dropout.kept,
             OWN_COLUMNS=of_b, DROP=dropout is not None, WIDE=wide is not None, RANK=modules.rank,
-            TOKENS=PROJECT_TOKENS, BLOCK=PROJECT_BLOCK, ALIGNED=modules.aligned, PRECISION=_precision(x),
-            num_warps=8, num_stages=4,
+            TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned, PRECISION=_precision(x),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return u
 
@@ -213,18 +215,19 @@ def outer(
         for rank, (start, stop) in zip(modules.ranks, modules.rows, strict=True)
     ]
     width = sum(a * b for a, b in shapes)
+    tile = tuning.tile("lora_outer", right.device)
     chunks = row_chunks(runs, OUTER_CHUNK, right.device)
     partials = left.new_empty(chunks.count, width, dtype=torch.float32)
     factors = modules.scaling if of_b else torch.full_like(modules.scaling, 1.0 if dropout is None else dropout.kept)
     longest = max(stop - start for start, stop in modules.rows) if of_b else k
     if chunks.count:
-        _outer[(triton.cdiv(longest, OUTER_BLOCK), len(modules.ranks), chunks.count)](
+        _outer[(triton.cdiv(longest, tile.columns), len(modules.ranks), chunks.count)](
             left, right, partials, chunks.table, modules.table,
             modules.table if dropout is None else dropout.streams, modules.table if dropout is None else dropout.keys,
             factors, k, left.stride(0), right.stride(0), width, modules.num_runs,
             0 if dropout is None else dropout.limit,
-            OF_B=of_b, DROP=dropout is not None, RANK=modules.rank, TOKENS=OUTER_TOKENS, BLOCK=OUTER_BLOCK,
-            ALIGNED=modules.aligned, PRECISION=_precision(right), num_warps=4, num_stages=3,
+            OF_B=of_b, DROP=dropout is not None, RANK=modules.rank, TOKENS=tile.rows, BLOCK=tile.columns,
+            ALIGNED=modules.aligned, PRECISION=_precision(right), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     sums = sum_chunks(partials, chunks).view(modules.num_runs, width)
     pieces = sums.split([a * b for a, b in shapes], dim=1)
@@ -233,13 +236,14 @@ def outer(
 
 def add_masked(dx: Tensor, du: Tensor, down: Tensor, modules: Modules, runs: Sequence[int], dropout: Dropout) -> None:
     """dx += sum over modules of mask_m (du_m A_m) / (1 - p), in place; the masks are drawn again."""
-    chunks, k = row_chunks(runs, ADD_TOKENS, dx.device), dx.shape[1]
+    tile = tuning.tile("lora_add", dx.device)
+    chunks, k = row_chunks(runs, tile.rows, dx.device), dx.shape[1]
     if chunks.count:
-        _add_masked[(triton.cdiv(k, ADD_BLOCK), chunks.count)](
+        _add_masked[(triton.cdiv(k, tile.columns), chunks.count)](
             dx, du, down, chunks.table, modules.table, dropout.streams, dropout.keys, k, len(modules.ranks),
             modules.num_runs, dx.stride(0), du.stride(0), down.stride(0), dropout.limit, dropout.kept,
-            RANK=modules.rank, TOKENS=ADD_TOKENS, BLOCK=ADD_BLOCK, ALIGNED=modules.aligned,
-            PRECISION=_precision(dx), num_warps=8, num_stages=2,
+            RANK=modules.rank, TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned,
+            PRECISION=_precision(dx), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -263,18 +267,17 @@ def _cases() -> list[Compiled]:
         dx="*bf16", du="*bf16", down="*bf16",
     )  # fmt: skip
     shared = {"RANK": 16, "ALIGNED": True, "PRECISION": "tf32"}
-    projecting = shared | {"WIDE": True, "TOKENS": PROJECT_TOKENS, "BLOCK": PROJECT_BLOCK}
-    summing = shared | {"TOKENS": OUTER_TOKENS, "BLOCK": OUTER_BLOCK}
-    adding = shared | {"TOKENS": ADD_TOKENS, "BLOCK": ADD_BLOCK}
-    narrow, tall = {"OWN_COLUMNS": False, "DROP": True}, {"OWN_COLUMNS": True, "DROP": False}
-    of_a, of_b = {"OF_B": False, "DROP": True}, {"OF_B": True, "DROP": False}
-    limits = Limits(registers=200, shared=100 * 1024, matrix=True)
+    limits = Limits(registers=200, matrix=True)
+
+    def case(name: str, kernel: Any, types: dict[str, str], tile: str, **options: Any) -> Compiled:
+        return Compiled(name, kernel, types, shared | options, limits=limits, tile=tile, sizes=("TOKENS", "BLOCK"))
+
     return [
-        Compiled("lora: x A^T with dropout", _project, project_types, projecting | narrow, 8, 4, limits),
-        Compiled("lora: dy B", _project, project_types, projecting | tall, 8, 4, limits),
-        Compiled("lora: dA with dropout", _outer, outer_types, summing | of_a, 4, 3, limits),
-        Compiled("lora: dB", _outer, outer_types, summing | of_b, 4, 3, limits),
-        Compiled("lora: masked dx", _add_masked, add_types, adding, 8, 2, limits),
+        case("lora: x A^T, dropout", _project, project_types, "lora_project", OWN_COLUMNS=False, DROP=True, WIDE=True),
+        case("lora: dy B", _project, project_types, "lora_project", OWN_COLUMNS=True, DROP=False, WIDE=True),
+        case("lora: dA, dropout", _outer, outer_types, "lora_outer", OF_B=False, DROP=True),
+        case("lora: dB", _outer, outer_types, "lora_outer", OF_B=True, DROP=False),
+        case("lora: masked dx", _add_masked, add_types, "lora_add"),
     ]
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from peftdyno.kernels import attention
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
 from peftdyno.kernels.triton import attention as forward_kernels
 from peftdyno.kernels.triton import attention_backward, load
-from torch import Tensor
+from peftdyno.kernels.tuning import Tile
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ CASES = [
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles small enough for several of each kind in a small pack."""
-    tile = forward_kernels.Tile(16, 16, 4, 2)
-    monkeypatch.setattr(forward_kernels, "tile", lambda d, rows: tile)
-    monkeypatch.setattr(attention_backward, "query_tile", lambda d: tile)
-    monkeypatch.setattr(attention_backward, "key_tile", lambda d: tile)
+    tile = Tile(16, 16, 4, 2)
+    monkeypatch.setattr(forward_kernels, "tile", lambda *_: tile)
+    monkeypatch.setattr(attention_backward, "query_tile", lambda *_: tile)
+    monkeypatch.setattr(attention_backward, "key_tile", lambda *_: tile)
 
 
 def inputs(forest: Forest, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

@@ -1,0 +1,48 @@
+"""4-bit NormalFloat weights dequantised on a GPU: a byte gives two neighbours, each times its block's maximum."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftdyno.kernels.triton.compiled import Compiled, Limits
+
+BLOCK_BYTES = tl.constexpr(32)
+"""Bytes of codes that share one absolute maximum: 64 elements (Dettmers et al. 2023)."""
+
+
+@triton.jit
+def _dequantise(codes, absmax, book, out, num_bytes, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_bytes
+    code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(absmax + at // BLOCK_BYTES, mask=inside, other=0.0)
+    pair = tl.join(tl.load(book + (code >> 4)) * scale, tl.load(book + (code & 15)) * scale)
+    element = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    value = tl.reshape(pair, [2 * BLOCK])
+    tl.store(out + element, value.to(out.dtype.element_ty), mask=element < 2 * num_bytes)
+
+
+def dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """W [rows, columns] in `dtype`, formed in fp32."""
+    from peftdyno.kernels.nf4 import _codebook
+
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    if codes.numel():
+        _dequantise[(triton.cdiv(codes.numel(), 1024),)](
+            codes, absmax, _codebook(codes.device), out, codes.numel(), BLOCK=1024, num_warps=4
+        )
+    return out
+
+
+COMPILED = [
+    Compiled(
+        "nf4_dequantise",
+        _dequantise,
+        {"codes": "*u8", "absmax": "*fp32", "book": "*fp32", "out": "*bf16", "num_bytes": "i32"},
+        {"BLOCK": 1024},
+        limits=Limits(registers=64, shared=8192),
+    )
+]
