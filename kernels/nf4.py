@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes
 
 BLOCK = 64
@@ -121,6 +121,7 @@ DEQUANTISE = primitive(
     shape=lambda codes, absmax, rows, columns, dtype: codes.new_empty(rows, columns, dtype=dtype),
     cost=dequantise_cost,
     **({"cpu": dequantise_by_pairs} | cpu.implementations("nf4_dequantise")),
+    **triton.implementations("nf4_dequantise"),
 )
 ABSMAX = primitive(
     "nf4_absmax(Tensor codes, Tensor absmax, Tensor offsets, int[] sizes) -> Tensor",
