@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -182,6 +181,8 @@ def _from_own_form(
     for name in settings:
         if name not in known:
             raise unknown(f"{cls.name} setting", name, known)
+    from pydantic import TypeAdapter, ValidationError  # only here: training needs no pydantic
+
     try:
         method = TypeAdapter(cls).validate_python(settings)
     except ValidationError as error:
