@@ -7,6 +7,8 @@ V vocabulary.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,7 @@ from peftdyno.kernels.attention import AttentionShape, rotary_attention
 from peftdyno.kernels.glu import glu
 from peftdyno.kernels.head_norm import head_norm
 from peftdyno.kernels.label_loss import label_loss
+from peftdyno.kernels.nf4 import Weight
 from peftdyno.kernels.rms_norm import rms_norm
 from peftdyno.kernels.rotary import angles
 
@@ -60,18 +63,21 @@ class Decoder:
         """Cross-entropy of each label of the pack, [L] in fp32, in the order of `pack.labels`."""
         hidden = self.hidden(pack, bank, only_labels=True)
         hidden = hidden.index_select(0, pack.labels.place)
-        own = bank.head(hidden, TokenRuns(offsets=pack.labels.run_offsets))
-        if own is not None:
-            wide = self.softcap(own).to(torch.promote_types(own.dtype, torch.float32))
-            return torch.nn.functional.cross_entropy(wide, pack.labels.target, reduction="none")
+        with self.scope.within(owner="adapter"):
+            own = bank.head(hidden, TokenRuns(offsets=pack.labels.run_offsets))
+            if own is not None:
+                wide = self.softcap(own).to(torch.promote_types(own.dtype, torch.float32))
+                return torch.nn.functional.cross_entropy(wide, pack.labels.target, reduction="none")
         return label_loss(hidden, self.weights.head, pack.labels.target, softcap=self.config.logit_softcap)
 
-    def logits(self, pack: Pack, bank: AdapterBank, rows: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits [N, V] of every row, or of `rows` (ascending) only."""
+    def logits(self, pack: Pack, bank: AdapterBank, rows: Sequence[int] = (), cache: KVCache | None = None) -> Tensor:
+        """Logits [N, V] of every row, or of `rows` (ascending) only, where some are named."""
         hidden, runs = self.hidden(pack, bank, cache=cache), pack.runs
-        if rows is not None:
-            hidden, runs = hidden.index_select(0, rows), _runs_of(rows, runs)
-        own = bank.head(hidden, runs)
+        if rows:
+            picked = torch.tensor(rows, device=hidden.device)
+            hidden, runs = hidden.index_select(0, picked), _runs_of(rows, runs)
+        with self.scope.within(owner="adapter"):
+            own = bank.head(hidden, runs)
         return self.head(hidden) if own is None else self.softcap(own)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -103,14 +109,16 @@ class Decoder:
     def embed(self, pack: Pack, bank: AdapterBank) -> Tensor:
         """Rows of the embedding, scaled where the family does, with the bank's virtual tokens in their places."""
         tokens = pack.tokens.clamp_min(0)
-        own = bank.embed(tokens, pack.runs)
+        with self.scope.within(owner="adapter"):
+            own = bank.embed(tokens, pack.runs)
         hidden = self.weights.embed.index_select(0, tokens) if own is None else own
         if self.config.embedding_scale != 1.0:
             hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype)
         if not pack.virtual_rows.numel():
             return hidden
-        virtual = bank.virtual_embeddings().index_select(0, pack.virtual_index)
-        return hidden.index_copy(0, pack.virtual_rows, virtual.to(hidden.dtype))
+        with self.scope.within(owner="adapter"):
+            virtual = bank.virtual_embeddings().index_select(0, pack.virtual_index)
+            return hidden.index_copy(0, pack.virtual_rows, virtual.to(hidden.dtype))
 
     def layer(
         self,
@@ -130,12 +138,14 @@ class Decoder:
             runs, picked = rows.pack.labels.row_runs, rows.pack.labels.rows
             delta, residual, normed = (x.index_select(0, picked) for x in (delta, residual, normed))
         delta = self.linear("o", i, weights.o, weights.o_bias, bank, runs, delta)
-        delta = bank.branch(i, "attention", normed, delta, runs)
+        with self.scope.within(owner="adapter"):
+            delta = bank.branch(i, "attention", normed, delta, runs)
         if weights.attention_post_norm is not None:
             delta, _ = self.norm("attention_post_norm", i, weights.attention_post_norm, bank, runs, delta)
         normed, residual = self.norm("mlp_norm", i, weights.mlp_norm, bank, runs, residual, delta, site="gate_up")
         delta = self.mlp(i, weights, bank, runs, normed)
-        delta = bank.branch(i, "mlp", normed, delta, runs)
+        with self.scope.within(owner="adapter"):
+            delta = bank.branch(i, "mlp", normed, delta, runs)
         if weights.mlp_post_norm is not None:
             delta, _ = self.norm("mlp_post_norm", i, weights.mlp_post_norm, bank, runs, delta)
         return residual, delta
@@ -197,18 +207,20 @@ class Decoder:
         self,
         site: str,
         i: int,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         bank: AdapterBank,
         runs: TokenRuns,
         x: Tensor,
     ) -> Tensor:
         """Product with the weight of a site and the bank's edits of it, or the bank's own product."""
-        own = bank.product(i, site, x, weight, bias, runs)
+        with self.scope.within(owner="adapter"):
+            own = bank.product(i, site, x, weight, bias, runs)
         if own is not None:
             return own
-        spare = bank.spare(i, site)
-        return adapted_linear(x, weight, bias, bank.linear(i, site), runs, x_spare=spare, border=spare)
+        border = bank.spare(i, site)
+        room = border if x.stride(0) > x.shape[1] else 0  # rows picked for the labels come without spare columns
+        return adapted_linear(x, weight, bias, bank.linear(i, site), runs, x_spare=room, border=border)
 
     def norm(
         self,
@@ -276,10 +288,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def _runs_of(rows: Tensor, runs: TokenRuns) -> TokenRuns:
+def _runs_of(rows: Sequence[int], runs: TokenRuns) -> TokenRuns:
     """Whose the picked rows are; they ascend, so each run's still lie together."""
-    bounds = torch.searchsorted(rows, torch.tensor(runs.offsets, device=rows.device))
-    return TokenRuns(offsets=tuple(bounds.tolist()))
+    return TokenRuns(offsets=tuple(bisect_left(rows, bound) for bound in runs.offsets))
 
 
 class _EnterLayer(torch.autograd.Function):

@@ -31,15 +31,16 @@ def generate(
     Each ends at a token of `eos_ids` or after `max_new_tokens`. The result of a prompt does not depend on the
     others in the batch (to rounding).
     """
-    bank.begin(0, training=False)
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].run)
     ordered = [prompts[i] for i in order]
     pack = build_pack(ordered, num_runs=bank.num_runs, share_prefix=share_prefix, root=bank.root)
     pack = pack.to(decoder.device)
-    cache = KVCache(decoder.config, pack, max_new_tokens, decoder.dtype, decoder.device)
+    with decoder.scope.within(phase="prefill", owner="adapter", layer=-1):
+        bank.begin(0, training=False)
     with decoder.scope.within(phase="prefill"):
+        cache = KVCache(decoder.config, pack, max_new_tokens, decoder.dtype, decoder.device)
         ends = [pack.segments[leaf].start + pack.segments[leaf].length - 1 for leaf in pack.leaves]
-        logits = decoder.logits(pack, bank, rows=torch.tensor(ends, device=decoder.device), cache=cache)
+        logits = decoder.logits(pack, bank, rows=ends, cache=cache)
     generated: list[list[int]] = [[] for _ in ordered]
     live = list(range(len(ordered)))
     lengths = [len(s.tokens) + (bank.root.length if bank.root else 0) for s in ordered]

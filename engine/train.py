@@ -107,7 +107,7 @@ def train(
     gradient is not finite stops with its last good masters; the others go on. Out of memory halves the
     micro-batch and repeats the step. Raises UserError where memory is out at one sequence, or the disk is full.
     """
-    ledger = ledger or Ledger()
+    ledger = ledger or Ledger(decoder.scope, on=False)
     num_steps = max(run.steps for run in data)
     state = _initial_state(bank, data, config)
     metrics = _resume(state, folder, fingerprint)
@@ -127,9 +127,10 @@ def train(
             try:
                 losses, num_tokens = forward_backward(decoder, bank, packs, step, ledger)
             except (torch.OutOfMemoryError, RuntimeError) as error:
+                ledger.abandon_step()
                 _halve_micro_batch(state, error, step, folder)
                 continue
-            with ledger.phase("optimizer"):
+            with ledger.phase("optimizer", owner="adapter", layer=-1):
                 norms = gradient_norms(bank)
                 _stop_broken(state, losses, norms, live, step)
                 live = [alive and not run.stopped for alive, run in zip(live, state.runs, strict=True)]
@@ -169,8 +170,8 @@ def forward_backward(
 
     A run's loss is the sum over its labels of weight * cross-entropy: their mean where the weights say so.
     """
-    bank.zero_grad()
-    with ledger.phase("forward"):
+    with ledger.phase("forward", owner="adapter", layer=-1):
+        bank.zero_grad()
         bank.begin(step, training=True)
     totals = torch.zeros(bank.num_runs)
     num_tokens = 0
@@ -181,9 +182,9 @@ def forward_backward(
             losses = decoder.losses(pack, bank) * pack.labels.weight
         with ledger.phase("backward"):
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        totals += run_sums(losses.detach(), pack)
+            totals += run_sums(losses.detach(), pack)
         num_tokens += pack.num_tokens
-    with ledger.phase("backward"):
+    with ledger.phase("backward", owner="adapter", layer=-1):
         bank.finish()
     return totals.tolist(), num_tokens
 

@@ -1,0 +1,46 @@
+"""Runs the program itself on shapes alone: tensors of the meta device, nothing computed, nothing allocated.
+
+Only what crosses between the meta device and the CPU needs an answer: values that the program reads back are zeros.
+A copy between the two counts only where the predicted device is not the CPU, for there it does not happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftdyno.engine.accounting.counting import Counter
+from peftdyno.engine.accounting.scope import Scope
+
+
+class SymbolicCounter(Counter):
+    """Counts a program that runs on the meta device as it would run on a device of type `device`."""
+
+    def __init__(self, scope: Scope, device: str = "cpu") -> None:
+        super().__init__(scope)
+        self.device = device
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0
+        if func is torch.ops.aten._to_copy.default:
+            crossed, result = _crossing(args[0], kwargs or {})
+            if crossed:
+                if self.device != "cpu":
+                    self.charge(func, args, result)
+                return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _crossing(source: Tensor, options: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Whether a copy goes to another kind of device, and then its result."""
+    device = torch.device(options.get("device") or source.device)
+    if device.type == source.device.type:
+        return False, None
+    dtype = options.get("dtype") or source.dtype
+    return True, torch.zeros(source.shape, dtype=dtype, device=device)

@@ -1,0 +1,64 @@
+"""What is predicted from shapes equals, as integers, what is counted while running, for every method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peftdyno.engine.accounting.counting import Counter, UnknownOperator
+from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.predict import Job, forward_pass, generation, run_step, training_step
+from peftdyno.engine.accounting.scope import Scope
+from peftdyno.engine.adapters.method import Method
+from peftdyno.engine.generate import generate
+from peftdyno.engine.optim import AdamW
+
+from .small_jobs import DTYPES, VARIANTS, configs, label, pack_of, real_model, sequences
+
+QUICK = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+EACH = pytest.mark.parametrize("method", VARIANTS, ids=label)
+
+
+@st.composite
+def jobs(draw: st.DrawFn, method: Method) -> Job:
+    runs = draw(st.integers(1, 2))
+    return Job(config=draw(configs()), methods=(method,) * runs, dtype=draw(st.sampled_from(DTYPES)))
+
+
+@EACH
+@QUICK
+@given(data=st.data())
+def test_a_training_step(method: Method, data: st.DataObject) -> None:
+    job = data.draw(jobs(method))
+    share = data.draw(st.booleans())
+    packs = [pack_of(job, data.draw(sequences(len(job.methods))), share_prefix=share) for _ in range(2)]
+    decoder, bank = real_model(job)
+    ledger = Ledger.of(decoder, bank)
+    run_step(decoder, bank, AdamW.create(bank), packs, ledger)
+    assert ledger.counter.tally.charges == training_step(job, packs).charges
+
+
+@EACH
+@QUICK
+@given(data=st.data())
+def test_a_forward_pass_and_a_generation(method: Method, data: st.DataObject) -> None:
+    job = data.draw(jobs(method))
+    prompts = data.draw(sequences(len(job.methods)))
+    decoder, bank = real_model(job)
+    pack, counter = pack_of(job, prompts, share_prefix=True), Counter(decoder.scope)
+    with counter, torch.no_grad():
+        with decoder.scope.within(owner="adapter"):
+            bank.begin(0, training=False)
+        decoder.logits(pack, bank)
+    assert counter.tally.charges == forward_pass(job, pack).charges
+    counter = Counter(decoder.scope)
+    with counter:
+        generate(decoder, bank, prompts, max_new_tokens=3, eos_ids=())
+    assert counter.tally.charges == generation(job, prompts, 3).charges
+
+
+def test_an_operator_without_a_formula_is_named() -> None:
+    with pytest.raises(UnknownOperator, match=r"aten\.erfinv"), Counter(Scope()):
+        torch.erfinv(torch.ones(2))
