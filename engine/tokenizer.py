@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -164,13 +165,17 @@ class Tokenizer:
     def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         assert self.template is not None
         try:
-            return (
-                _environment()
-                .from_string(self.template)
-                .render(messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens)
+            return _compiled(self.template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
             )
         except Exception as error:  # a template is a program, and may fail in any way
             raise UserError(f"{self.origin}: the chat template failed ({error})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    """A template ready to render, kept because every example of a data set needs it."""
+    return _environment().from_string(template)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
