@@ -2,6 +2,7 @@
 #   PYTHON=python3.12        interpreter the environment is made from (3.11 or newer)
 #   TORCH=torch==2.11.0      torch to install before everything that depends on it
 #   ARGS='-k pack'           extra arguments of pytest for `make test`
+#   JOBS=4                   processes that run the tests, each with one thread
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,6 +10,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,13 +24,21 @@ print("CPU kernels:", "compiled C++" if AVAILABLE else "PyTorch operations, as t
 endef
 export KERNELS_IN_USE
 
-.PHONY: run test lint check tree clean FORCE
+.PHONY: run test golden lint check tree bench-cpu sanitize clean FORCE
 
 run: $(READY)
 	$(BIN)/peftdyno demo
 
 test: $(READY)
-	$(BIN)/pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses=$(JOBS) $(ARGS)
+
+# The losses that tests/test_tiny.py holds later versions to.
+golden: $(READY)
+	PEFTDYNO_GOLDEN=write $(BIN)/pytest tests/test_tiny.py
+
+# Side by side with transformers + PEFT and the HF Trainer; ARGS='--only step-128' for a part.
+bench-cpu: $(READY)
+	$(BIN)/python -P -m peftdyno.bench.compare $(ARGS)
 
 lint check: $(READY) $(TYPING)
 	$(BIN)/ruff format --check .
