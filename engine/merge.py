@@ -26,10 +26,11 @@ def merge_adapter(
 ) -> DecoderConfig:
     """Fold one run into the weights, in place; the config of the model that they then are.
 
-    The bank must not be used with the merged weights. UserError where the method has no merged form, or the
-    family's checkpoints have no place for it; the weights are then as they were.
+    The bank must not be used with the merged weights. UserError where the method has no merged form, the family's
+    checkpoints have no place for it, or the weights are in 4 bits; the weights are then as they were.
     """
     assert bank.config == config, (bank.config, config)
+    weights.require_dense("merge an adapter into")
     with torch.no_grad():
         merged = bank.methods[run].merge(bank, run, weights)
     family.to_hf(merged)
@@ -49,7 +50,7 @@ def add_biases(
     for layer in weights.layers:
         for name, wanted in (("qkv_bias", biased.attention_bias), ("o_bias", biased.attention_output_bias)):
             if wanted and getattr(layer, name) is None:
-                setattr(layer, name, layer.qkv.new_zeros(field_shape(biased, name)))
+                setattr(layer, name, layer.input_norm.new_zeros(field_shape(biased, name)))
     from peftdyno.engine.adapters.method import module_bias
 
     for (index, module), bias in biases.items():

@@ -20,6 +20,7 @@ from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.families import Family, config_from_hf, family_of
 from peftdyno.engine.families.hf_config import eos_ids
 from peftdyno.engine.model_cache import sha256_of
+from peftdyno.engine.quant import load_quantised_weights
 from peftdyno.engine.tokenizer import TOKENIZER_FILES, Tokenizer
 from peftdyno.engine.weight_files import (
     SafetensorsSource,
@@ -78,12 +79,21 @@ class ModelFiles:
 
 
 def load_model(
-    name: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quant: str | None = None,
 ) -> tuple[DecoderConfig, DecoderWeights, Tokenizer | None, ModelFiles]:
-    """Config, weights in the given dtype and place, and tokenizer (None where the model has none)."""
+    """Config, weights in the given dtype and place, and tokenizer (None where the model has none).
+
+    With `quant`, a kind of `quant.QUANTISATIONS`, linear weights are quantised one by one as they are read.
+    """
     files = resolve_model(name)
     tokenizer = None if files.tokenizer_folder is None else Tokenizer.load(files.tokenizer_folder)
-    weights = load_weights(files.config, files.tensors(), dtype, device)
+    if quant is None:
+        weights = load_weights(files.config, files.tensors(), dtype, device)
+    else:
+        weights = load_quantised_weights(files.config, files.tensors(), quant, dtype, device)
     return files.config, weights, tokenizer, files
 
 

@@ -53,9 +53,7 @@ class SafetensorsSource:
         try:
             handle = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: truncated or corrupt safetensors file ({error}); fetch it again"
-            ) from error
+            raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); fetch it again") from error
         for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
             if name in self._places:
                 raise UserError(f"tensor '{name}' is in both {self._places[name]} and {path}")
@@ -88,9 +86,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if not index.exists():
         if not single.exists():
-            raise UserError(
-                f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} found (only safetensors are read)"
-            )
+            raise UserError(f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} found (only safetensors are read)")
         return [single]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -115,13 +111,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def to_state_dict(
-    weights: DecoderWeights, config: DecoderConfig, family: Family | None = None
-) -> dict[str, Tensor]:
+def to_state_dict(weights: DecoderWeights, config: DecoderConfig, family: Family | None = None) -> dict[str, Tensor]:
     """Views of all weights under their Hugging Face names; a tied head is left out.
 
-    Writing into the views writes into `weights`.
+    Writing into the views writes into `weights`. UserError where they are in 4 bits.
     """
+    weights.require_dense("store")
     family = family or family_of(config)
     state = {
         family.tensor_name("embed.weight"): weights.embed,
@@ -133,9 +128,7 @@ def to_state_dict(
         for name, parts in layer_parts(config).items():
             rows = [part_shape(config, part)[0] for part in parts]
             views = getattr(layer, name).split(rows)
-            state.update(
-                {family.tensor_name(part, index): view for part, view in zip(parts, views, strict=True)}
-            )
+            state.update({family.tensor_name(part, index): view for part, view in zip(parts, views, strict=True)})
     return state
 
 
@@ -153,16 +146,16 @@ def load_weights(
     family = family_of(config)
     weights = empty_weights(config, dtype, device)
     state = to_state_dict(weights, config, family)
-    names = _match_names(family, source, state, config)
+    names = match_names(family, source, state, config)
     with torch.no_grad():
         for name, view in state.items():
             view.copy_(source.read(names[name]))
     if config.tie_word_embeddings:
-        _check_tied_head(family, source, names, weights.embed)
+        check_tied_head(family, source, names, weights.embed)
     return weights
 
 
-def _match_names(
+def match_names(
     family: Family, source: TensorSource, state: Mapping[str, Tensor], config: DecoderConfig
 ) -> dict[str, str]:
     """Checkpoint name of every tensor that is needed, after checking that names and shapes agree."""
@@ -174,9 +167,7 @@ def _match_names(
         raise UserError(f"{source.place()}: missing {_some_names(missing)}")
     unexpected = sorted(names[name] for name in names.keys() - state.keys() - optional)
     if unexpected:
-        raise UserError(
-            f"{source.place(unexpected[0])}: unexpected {_some_names(unexpected)} for family {family.name}"
-        )
+        raise UserError(f"{source.place(unexpected[0])}: unexpected {_some_names(unexpected)} for family {family.name}")
     for name, view in state.items():
         found = shapes[names[name]]
         if found != tuple(view.shape):
@@ -189,14 +180,10 @@ def _match_names(
 
 def _some_names(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:3])
-    return (
-        f"tensor {shown}"
-        if len(names) == 1
-        else f"{len(names)} tensors: {shown}" + ", ..." * (len(names) > 3)
-    )
+    return f"tensor {shown}" if len(names) == 1 else f"{len(names)} tensors: {shown}" + ", ..." * (len(names) > 3)
 
 
-def _check_tied_head(family: Family, source: TensorSource, names: Mapping[str, str], embed: Tensor) -> None:
+def check_tied_head(family: Family, source: TensorSource, names: Mapping[str, str], embed: Tensor) -> None:
     """A checkpoint may store the head although it is tied; then it must be the embedding."""
     name = names.get(family.tensor_name("head.weight"))
     if name is not None and not torch.equal(source.read(name).to(embed), embed):

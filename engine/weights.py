@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.errors import UserError
+from peftdyno.kernels.nf4 import Nf4Weight, Weight
 
 PARTS: dict[str, tuple[str, ...]] = {
     "input_norm": ("input_norm.weight",),
@@ -32,14 +34,15 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class LayerWeights:
-    """Frozen base weights of one layer; query, key and value rows are fused, and so are gate and up."""
+    """Frozen base weights of one layer; query, key and value rows are fused, and so are gate and up. Those of the
+    linear products may be in 4 bits."""
 
     input_norm: Tensor  # [D] before attention
-    qkv: Tensor  # [Q + 2K, D]
-    o: Tensor  # [D, Q]
+    qkv: Weight  # [Q + 2K, D]
+    o: Weight  # [D, Q]
     mlp_norm: Tensor  # [D] before the MLP
-    gate_up: Tensor  # [2F, D]
-    down: Tensor  # [D, F]
+    gate_up: Weight  # [2F, D]
+    down: Weight  # [D, F]
     qkv_bias: Tensor | None = None  # [Q + 2K]
     o_bias: Tensor | None = None  # [D]
     q_norm: Tensor | None = None  # [head_dim]
@@ -61,8 +64,22 @@ class DecoderWeights:
         """Every distinct tensor once."""
         found = [self.embed, self.final_norm]
         for layer in self.layers:
-            found += [t for f in fields(layer) if (t := getattr(layer, f.name)) is not None]
+            for field in fields(layer):
+                weight: Weight | None = getattr(layer, field.name)
+                if weight is not None:
+                    found += weight.tensors() if isinstance(weight, Nf4Weight) else [weight]
         return found if self.head is self.embed else [*found, self.head]
+
+    def num_bytes(self) -> int:
+        """Bytes of all distinct tensors as they are stored."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def require_dense(self, action: str) -> None:
+        """UserError where the weights are in 4 bits, for an action that needs them as they are."""
+        if any(isinstance(layer.qkv, Nf4Weight) for layer in self.layers):
+            raise UserError(
+                f"cannot {action} weights in 4 bits; dequantise them, or load the model without quantisation"
+            )
 
 
 def has_field(config: DecoderConfig, name: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import bank_affine, linear, lora_linear
+from peftdyno.kernels.nf4 import Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +77,23 @@ class _Plan:
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: _Plan, *parameters: Tensor) -> Tensor:
         edits, runs = plan.edits, list(plan.runs.offsets)
         a, b = _factors(edits, parameters)
         u = None
         if a:
-            y, u = lora_linear.FORWARD(x, weight, bias, a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
+            terms = (a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
+            y, u = lora_linear.FORWARD(x, dense(weight), bias, *terms)
         else:
-            y = linear.FORWARD(x, weight, bias, plan.spare)
+            y = linear.FORWARD(x, dense(weight), bias, plan.spare)
         before = []
         for scale in edits.scales:
             before.append(y[:, scale.start : scale.start + scale.values.shape[1]].clone())
             bank_affine.SCALE(y, scale.values, scale.start, runs)
         for shift in edits.shifts:
             bank_affine.SHIFT(y, shift.values, shift.start, runs)
-        ctx.plan = plan
-        ctx.save_for_backward(x if a else None, weight, u, *before, *parameters)
+        ctx.plan, ctx.weight = plan, weight
+        ctx.save_for_backward(x if a else None, u, *before, *parameters)
         output: Tensor = y
         return output
 
@@ -99,7 +101,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         plan: _Plan = ctx.plan
         edits, runs = plan.edits, list(plan.runs.offsets)
-        x, weight, u, *rest = ctx.saved_tensors
+        x, u, *rest = ctx.saved_tensors
         before, parameters = rest[: len(edits.scales)], rest[len(edits.scales) :]
         shifts = [bank_affine.COLUMN_SUMS(dy, None, s.start, s.values.shape[1], runs) for s in edits.shifts]
         scales = [
@@ -113,8 +115,9 @@ class _AdaptedLinear(torch.autograd.Function):
         need_x = ctx.needs_input_grad[0]
         a, b = _factors(edits, parameters)
         if not a:
-            dx = linear.BACKWARD(dy, weight) if need_x else None
+            dx = linear.BACKWARD(dy, dense(ctx.weight)) if need_x else None
             return dx, None, None, None, *scales, *shifts
+        weight = dense(ctx.weight)
         dx, da, db = lora_linear.BACKWARD(dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x)
         return (dx if need_x else None), None, None, None, *da, *db, *scales, *shifts
 
@@ -126,7 +129,7 @@ def _factors(edits: LinearEdits, parameters: Sequence[Tensor]) -> tuple[list[Ten
 
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     edits: LinearEdits | None,
     runs: TokenRuns,
@@ -138,7 +141,8 @@ def adapted_linear(
     """Product with a frozen weight and a bank's edits of it; plain where `edits` is None.
 
     `x_spare` says how many columns lie free to the right of each row of x, `border` how many spare columns and
-    rows surround the weight in memory, `spare` how many columns to leave free beside the output.
+    rows surround the weight in memory (a weight in 4 bits has none), `spare` how many columns to leave free beside the
+    output.
     """
     if edits is None:
         return linear.linear(x, weight, bias, spare=spare)
@@ -148,6 +152,6 @@ def adapted_linear(
         *(scale.values for scale in edits.scales),
         *(shift.values for shift in edits.shifts),
     ]
-    plan = _Plan(edits, runs, x_spare, border, spare)
+    plan = _Plan(edits, runs, x_spare, border if isinstance(weight, Tensor) else 0, spare)
     y: Tensor = _AdaptedLinear.apply(x, weight, bias, plan, *parameters)  # type: ignore[no-untyped-call]
     return y

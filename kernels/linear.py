@@ -1,6 +1,6 @@
 """Product with a frozen weight: y = x W^T + b forward, dx = dy W backward; nothing but the weight is kept.
 
-x: [N, in], W: [out, in] (any row stride), b: [out], y: [N, out].
+x: [N, in], W: [out, in] (any row stride, or in 4 bits: dequantised anew in each direction), b: [out], y: [N, out].
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftdyno.kernels import cpu
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
+from peftdyno.kernels.nf4 import Weight, dense
 
 
 def reference_forward(x: Tensor, weight: Tensor, bias: Tensor | None, spare: int) -> Tensor:
@@ -62,18 +63,17 @@ BACKWARD = primitive(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spare: int) -> Tensor:
-        ctx.save_for_backward(weight)
-        y: Tensor = FORWARD(x, weight, bias, spare)
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, spare: int) -> Tensor:
+        ctx.weight = weight
+        y: Tensor = FORWARD(x, dense(weight), bias, spare)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        return BACKWARD(dy, weight), None, None, None
+        return BACKWARD(dy, dense(ctx.weight)), None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, spare: int = 0) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, spare: int = 0) -> Tensor:
     """Product with a frozen weight; `spare` columns are left free to the right of each output row in memory."""
     y: Tensor = _Linear.apply(x, weight, bias, spare)  # type: ignore[no-untyped-call]
     return y

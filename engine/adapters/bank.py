@@ -17,6 +17,7 @@ from peftdyno.engine.errors import UserError
 from peftdyno.engine.pack import Root
 from peftdyno.engine.weights import DecoderWeights
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
+from peftdyno.kernels.nf4 import Weight
 from peftdyno.kernels.random import stream_key
 
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
@@ -163,7 +164,7 @@ class AdapterBank:
         return self.method.linear(self, layer, site)
 
     def product(
-        self, layer: int, site: str, x: Tensor, weight: Tensor, bias: Tensor | None, runs: TokenRuns
+        self, layer: int, site: str, x: Tensor, weight: Weight, bias: Tensor | None, runs: TokenRuns
     ) -> Tensor | None:
         """The method's own fused product [N, out], or None."""
         return self.method.product(self, layer, site, x, weight, bias, runs)

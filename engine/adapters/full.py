@@ -14,6 +14,7 @@ from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.weights import DecoderWeights, field_shape, layer_parts
 from peftdyno.kernels.adapted_linear import TokenRuns
+from peftdyno.kernels.nf4 import Weight
 
 if TYPE_CHECKING:
     from peftdyno.engine.adapters.bank import AdapterBank
@@ -48,7 +49,7 @@ class Full(Method):
         layer: int,
         site: str,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         runs: TokenRuns,
     ) -> Tensor:
@@ -69,6 +70,7 @@ class Full(Method):
         return bank.parameters[name if layer < 0 else f"layers.{layer}.{name}"]
 
     def derive(self, bank: AdapterBank, weights: DecoderWeights) -> None:
+        weights.require_dense("train")
         bank.buffers["dtype"] = weights.embed.dtype
 
     def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:

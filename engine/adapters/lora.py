@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -163,7 +164,7 @@ class LoRA(Method):
         for place in places:
             name, weight = place_name(place), module_weight(weights, config, *place)
             if self.dora:
-                buffers[f"{name}.weight"] = weight
+                buffers[f"{name}.weight"] = partial(module_weight, weights, config, *place)
                 buffers[f"{name}.square"] = weight.to(bank.flat.dtype).square().sum(1)
             ranks = _principal_ranks(bank, place)
             if any(ranks):
@@ -363,7 +364,7 @@ def _factors(bank: AdapterBank, place: Place) -> tuple[Tensor, Tensor]:
 def _row_norms(bank: AdapterBank, place: Place) -> Tensor:
     """Norms [R, out] of the rows of W + s B A, constants for the gradient."""
     name = place_name(place)
-    weight, squares = bank.buffers[f"{name}.weight"], bank.buffers[f"{name}.square"]
+    weight, squares = bank.buffers[f"{name}.weight"](), bank.buffers[f"{name}.square"]
     with torch.no_grad():
         a, b = _factors(bank, place)
         return row_norms(weight, squares, a, b, torch.tensor(_scaling(bank, place), dtype=b.dtype, device=b.device))

@@ -13,6 +13,7 @@ from peftdyno.engine.errors import UserError
 from peftdyno.engine.pack import Root
 from peftdyno.engine.weights import DecoderWeights
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
+from peftdyno.kernels.nf4 import Weight
 
 if TYPE_CHECKING:
     from peftdyno.engine.adapters.bank import AdapterBank
@@ -46,9 +47,10 @@ SITE_OF = {module: site for site, modules in SITES.items() for module in modules
 
 
 def module_weight(weights: DecoderWeights, config: DecoderConfig, layer: int, module: str) -> Tensor:
-    """View [out, in] of one projection's rows."""
-    fused: Tensor = getattr(weights.layers[layer], SITE_OF[module])
-    return fused[slice(*module_rows(config, SITE_OF[module])[module])]
+    """One projection's rows [out, in]: a view, or where the base is in 4 bits a dequantised copy."""
+    fused: Weight = getattr(weights.layers[layer], SITE_OF[module])
+    rows = module_rows(config, SITE_OF[module])[module]
+    return fused[slice(*rows)] if isinstance(fused, Tensor) else fused.rows(*rows)
 
 
 def module_bias(weights: DecoderWeights, config: DecoderConfig, layer: int, module: str) -> Tensor | None:
@@ -132,7 +134,7 @@ class Method:
         layer: int,
         site: str,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         runs: TokenRuns,
     ) -> Tensor | None:
