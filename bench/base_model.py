@@ -1,33 +1,22 @@
-"""The frozen base model of one or many jobs, loaded once, and the same model as a bank that changes nothing."""
+"""The frozen base model of one or many jobs, loaded once."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
+from peftdyno.engine.accounting.predict import Untuned
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.adapters.bank import AdapterBank
-from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.builtin_configs import find_builtin
-from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.sources import DTYPES, ModelFiles, load_model
 from peftdyno.engine.tokenizer import Tokenizer
 from peftdyno.kernels import dispatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Untuned(Method):
-    """No parameters and no edits: the base model."""
-
-    name: ClassVar[str] = "untuned"
-
-    def parameters(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-        return {}
 
 
 @dataclass

@@ -21,6 +21,7 @@ from peftdyno.bench.progress import Progress
 from peftdyno.bench.record import Measured, make_record
 from peftdyno.bench.rendering import Examples
 from peftdyno.bench.settings import JobSettings
+from peftdyno.bench.step_costs import training_flops
 from peftdyno.bench.steps import StepLog
 from peftdyno.bench.store import RECORD, RunRecord, finished_record, read_object, write_record
 from peftdyno.bench.task import Task
@@ -223,7 +224,8 @@ def _train(
         }
         for run, (own, seed) in enumerate(zip(examples, seeds, strict=True))
     ]
-    return bank, Measured(state=state, steps=log.summary(), work=places.work, cut=cut)
+    flops = training_flops(ledger, places.work)
+    return bank, Measured(state=state, steps=log.summary(), work=places.work, cut=cut, flops=flops)
 
 
 def _score(

@@ -57,10 +57,13 @@ def _resources(record: RunRecord) -> list[tuple[str, str, str]]:
         for name, value in record.memory.model_dump(exclude_none=True).items()
     ]
     rows += [(f"{phase}, all steps", f"{value:.1f} s", "measured") for phase, value in _phases(record).items()]
-    flops = {} if record.flops is None else record.flops.model_dump(exclude_none=True)
-    for kind in ("predicted", "counted"):
-        for phase, owners in flops.get(kind, {}).items():
-            rows.append((f"{phase} FLOPs", f"{sum(owners.values()):,}", kind))
+    for kind in ("predicted", "counted") if record.flops is not None else ():
+        for phase, owners in getattr(record.flops, kind).items():
+            matrix = sum(classes["matrix"] for classes in owners.values())
+            rows.append((f"{phase}, matrix FLOPs of {len(record.flops.steps)} step(s)", f"{matrix:,}", kind))
+    above = record.pscp_inputs.inference_tflop_above_base
+    if above is not None:
+        rows.append(("inference above the base model, 1 x 512 tokens", f"{above:.6f} TFLOP", "predicted"))
     return rows
 
 

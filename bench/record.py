@@ -17,8 +17,9 @@ import torch
 from peftdyno.bench import machine
 from peftdyno.bench.evaluate import Evaluation
 from peftdyno.bench.peak_memory import PeakMemory
+from peftdyno.bench.step_costs import inference_tflop_above_base
 from peftdyno.bench.steps import StepSummary
-from peftdyno.bench.store import Memory, Parameters, PscpInputs, RunRecord
+from peftdyno.bench.store import Flops, Memory, Parameters, PscpInputs, RunRecord
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.train import TrainState
 from peftdyno.engine.weights import parameter_count
@@ -40,6 +41,7 @@ class Measured:
     steps: StepSummary
     work: Path
     cut: list[dict[str, int]]
+    flops: Flops | None
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     baseline: Evaluation | None = None
@@ -85,12 +87,13 @@ def make_record(
             stored=job.method.stored_count(bank.config),
             total=parameter_count(bank.config) + trained,
         ),
+        flops=measured.flops,
         memory=memory,
         time=_time(base, measured),
         loss=_losses(measured, run),
         scores=None if tuned is None else tuned.scores,
         baseline_scores=None if measured.baseline is None else measured.baseline.scores,
-        pscp_inputs=_pscp_inputs(job, trained, memory, tuned),
+        pscp_inputs=_pscp_inputs(job, base, trained, memory, tuned),
         events=[event for event in measured.state.events if _concerns(event, run)],
         stopped=state.stopped or None,
         data=_data(job, run, measured, tuned),
@@ -124,12 +127,13 @@ def _losses(measured: Measured, run: int) -> dict[str, float | int | None]:
     return {"first": losses[0], "last": losses[1], **best}
 
 
-def _pscp_inputs(job: Job, trained: int, memory: Memory, tuned: Evaluation | None) -> PscpInputs:
+def _pscp_inputs(job: Job, base: BaseModel, trained: int, memory: Memory, tuned: Evaluation | None) -> PscpInputs:
     kind = next((name for name in MEASURES if getattr(memory, name) is not None), None)
     score = None if tuned is None else tuned.scores["corrected"][job.task.metric]
     return PscpInputs(
         score_percent=None if score is None else 100 * score,
         trainable_parameters=trained,
+        inference_tflop_above_base=inference_tflop_above_base(base.decoder, job.method),
         memory_gb=None if kind is None else getattr(memory, kind) / GB,
         memory_kind=kind,
     )

@@ -19,8 +19,8 @@ SCHEMA_VERSION = 1
 
 Scores = dict[str, dict[str, float | None]]
 """Rule (corrected, published) -> metric -> value; null where a rule gives no number."""
-Figures = dict[str, dict[str, int]]
-"""Phase -> owner (base, adapter) -> FLOPs."""
+Figures = dict[str, dict[str, dict[str, int]]]
+"""Phase -> owner (base, adapter) -> class (matrix, matrix_full, pointwise, reduction, bytes, calls) -> number."""
 
 
 class _Part(BaseModel):
@@ -36,11 +36,16 @@ class Parameters(_Part):
 
 
 class Flops(_Part):
-    """Predicted from formulas, and counted while running. `conventions` says how attention is counted."""
+    """Of the sampled steps, summed: predicted from the shapes of their packs, and counted while they ran."""
 
-    predicted: Figures | None = None
-    counted: Figures | None = None
-    conventions: dict[str, str] | None = None
+    predicted: Figures
+    counted: Figures
+    convention: str
+    """What `matrix` and `matrix_full` count."""
+    steps: list[int]
+    """Which steps were sampled, from 0, of those since the last resume."""
+    equal_by_layer: bool
+    """Whether both agree in every phase, owner and layer."""
 
 
 class Memory(_Part):

@@ -208,6 +208,16 @@ def test_published_tables(shell, tmp_path: Path) -> None:
     assert one["pscp"] == 80
 
 
+def test_demo_ends_with_the_table_and_is_done_at_once_the_second_time(shell, tmp_path: Path) -> None:
+    line = ("demo", "-m", shell.model, "--methods", "lora,bitfit", "--steps", 2, "--out", tmp_path, "--quiet")
+    first = shell(*line)
+    assert first.status == 0 and "PSCP" in first.out and str(tmp_path / "report.html") in first.out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
+    second = shell(*line)
+    assert len(before) == 2 and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
+    assert second.out == first.out
+
+
 @pytest.mark.slow
 def test_interrupt_is_one_line_and_goes_on(shell, tmp_path: Path) -> None:
     line = ["train", "-t", "sst2", *map(str, shell.job("--out", tmp_path, "--steps", 2000))]
