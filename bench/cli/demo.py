@@ -26,6 +26,7 @@ def command(
     tasks: Annotated[str | None, typer.Option("--tasks", help="Names with commas.", metavar="A,B")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps of each run.", min=1)] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write to; runs/demo by default.")] = None,
+    json_output: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Fine-tune SmolLM2-135M with several methods, score it before and after, and compare what they cost.
@@ -35,6 +36,7 @@ def command(
     """
     from peftdyno.bench import demo
     from peftdyno.bench.cli.bench import sweep
+    from peftdyno.bench.cli.console import ERR, print_json
     from peftdyno.bench.cli.report import names, show
     from peftdyno.bench.report import compare, write_pages
     from peftdyno.bench.report.collection import collect
@@ -48,11 +50,17 @@ def command(
     outcome = sweep(values, where, "auto", quiet)
     if outcome.trained or outcome.skipped:
         comparison = compare(collect(where))
-        show(comparison, write_pages(comparison, where))
+        paths = write_pages(comparison, where)
+        if json_output:
+            print_json(comparison.as_json())
+        else:
+            show(comparison, paths)
     for name, reason in outcome.failed.items():
-        print(f"failed: {name}: {reason}")
+        ERR.print(f"failed: {name}: {reason}", highlight=False)
     if outcome.failed:
         raise typer.Exit(1)
+    if json_output:
+        return
     _next_steps(where, chosen[0], values["tasks"][0])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from peftdyno.bench import cli
 from peftdyno.bench.cli import PANELS
 
+ROOT = Path(__file__).parent.parent.parent
 COMMANDS = cli._commands()
+COMMAND_LINE = re.compile(r"^    (peftdyno .*)$|`(peftdyno [^`\n]+)`", re.MULTILINE)
 
 
 def test_every_command_has_its_place() -> None:
@@ -39,6 +44,25 @@ def test_listings(name: str, shell) -> None:
     assert plain.status == 0 and parsed
     names = [entry["name"] for entry in parsed] if isinstance(parsed, list) else list(parsed)
     assert all(entry.split("-")[0] in plain.out for entry in names)
+
+
+def documented() -> list[tuple[str, list[str]]]:
+    """(file, words) of every command line in the docs, on lines of their own and within sentences."""
+    files = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+    found = [(file.name, text) for file in files for text in COMMAND_LINE.findall(file.read_text())]
+    return [(name, shlex.split(one or other)[1:]) for name, (one, other) in found]
+
+
+def test_documented_commands_exist() -> None:
+    commands = typer.main.get_command(cli.build()).commands
+    lines = documented()
+    assert len(lines) > 10
+    for name, words in lines:
+        if words[0] == "-h":
+            continue
+        assert words[0] in commands, (name, words)
+        known = {option for parameter in commands[words[0]].params for option in parameter.opts} | {"-h"}
+        assert {word for word in words[1:] if word.startswith("-")} <= known, (name, words)
 
 
 def test_train_eval_generate_merge(shell, tmp_path: Path) -> None:
