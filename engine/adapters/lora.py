@@ -167,6 +167,10 @@ class LoRA(Method):
                 buffers[f"{name}.weight"] = partial(module_weight, weights, config, *place)
                 buffers[f"{name}.square"] = weight.to(bank.flat.dtype).square().sum(1)
             ranks = _principal_ranks(bank, place)
+            if max(ranks) > min(weight.shape):
+                raise UserError(
+                    f"lora.rank {max(ranks)} is more than {name} {list(weight.shape)} can start from (pissa)"
+                )
             if any(ranks):
                 runs = list(zip(ranks, _scaling(bank, place), strict=True))
                 buffers[f"{name}.start"] = principal_factors(weight.to(bank.flat.dtype), runs)

@@ -108,7 +108,7 @@ def peft_name(family: Family, place: Place, suffix: str) -> str:
 
 
 def peft_pattern(family: Family, places: Sequence[Place], values: Mapping[Place, Any], default: Any) -> dict[str, Any]:
-    """A pattern over PEFT's module names; single modules come first, for PEFT takes the first that matches."""
+    """A pattern over PEFT's module names, of which a module matches at most one."""
     found = grouped(places, values, default, lambda place: module_path(family, place))
     return {_peft_kind(family, key): value for key, value in found.items()}
 
