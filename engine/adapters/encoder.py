@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from peftdyno.engine.adapters.derived import Derived
@@ -47,3 +48,8 @@ def uniform_start(random: np.random.Generator, shape: tuple[int, ...], columns: 
     """Uniform in +-1/sqrt(columns), how PyTorch starts the weight and bias of a linear layer with that many inputs."""
     bound = 1 / math.sqrt(columns)
     return random.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each run's own linear layer: x [R, n, in], weight [R, out, in], bias [R, out]."""
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))

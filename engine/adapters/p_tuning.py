@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftdyno.engine.adapters.encoder import Encoder, uniform_start
+from peftdyno.engine.adapters.encoder import Encoder, affine, uniform_start
+from peftdyno.engine.adapters.lstm import bidirectional
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.adapters.prompt_form import EMBEDDINGS, prompt_fields, read_prompt_fields
 from peftdyno.engine.config import DecoderConfig
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from peftdyno.engine.families.family import Family
 
 EncoderKind = Literal["lstm", "mlp", "none"]
+LSTM_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+"""Tensors of one direction of an LSTM layer, as PyTorch names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +68,10 @@ class PTuning(Encoder):
         width, h = config.hidden_size, self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.num_virtual_tokens, width)}
         for layer in range(self.num_layers if self.encoder == "lstm" else 0):
+            sizes = ((4 * h, width if layer == 0 else 2 * h), (4 * h, h), (4 * h,), (4 * h,))
             for direction in ("", "_reverse"):
-                place = f"l{layer}{direction}"
-                shapes[f"lstm_head.weight_ih_{place}"] = (4 * h, width if layer == 0 else 2 * h)
-                shapes[f"lstm_head.weight_hh_{place}"] = (4 * h, h)
-                shapes[f"lstm_head.bias_ih_{place}"] = (4 * h,)
-                shapes[f"lstm_head.bias_hh_{place}"] = (4 * h,)
+                for kind, size in zip(LSTM_KINDS, sizes, strict=True):
+                    shapes[f"lstm_head.{kind}_l{layer}{direction}"] = size
         for i, (columns, out) in enumerate(itertools.pairwise(self._head_sizes(width))):
             shapes[f"mlp_head.{2 * i}.weight"] = (out, columns)
             shapes[f"mlp_head.{2 * i}.bias"] = (out,)
@@ -90,37 +92,33 @@ class PTuning(Encoder):
         return self.num_virtual_tokens * config.hidden_size
 
     def encode(self, bank: AdapterBank) -> tuple[Tensor]:
-        runs: list[dict[str, Tensor]] = [{} for _ in bank.methods]
-        for name, stacked in bank.parameters.items():
-            for run, parameter in zip(runs, stacked.unbind(0), strict=True):
-                run[name] = parameter
-        keys = bank.keys("dropout.encoder", 0)
-        dropouts = [m.dropout if bank.training else 0.0 for m in bank.methods if isinstance(m, PTuning)]
-        return (torch.cat([self._encode_run(*run) for run in zip(runs, dropouts, keys, strict=True)]),)
+        masks = None
+        if bank.training and self.encoder == "lstm":
+            masks = [self._masks(bank, layer) for layer in range(1, self.num_layers)]
+        return (self._encoded(bank.parameters, masks).flatten(0, 1),)
 
-    def _encode_run(self, p: dict[str, Tensor], dropout: float, key: int) -> Tensor:
-        """Embeddings [n, D] of one run's virtual tokens."""
+    def _encoded(self, p: Mapping[str, Tensor], masks: Sequence[Tensor] | None) -> Tensor:
+        """Embeddings [R, n, D] from stacked parameters; `masks` are what multiplies between LSTM layers."""
         x = p["embedding.weight"]
-        if self.encoder == "lstm":
-            x = self._lstm(x, p, dropout, key)
+        for layer in range(self.num_layers if self.encoder == "lstm" else 0):
+            if layer and masks is not None:
+                x = x * masks[layer - 1]
+            x = bidirectional(x, *([p[f"lstm_head.{k}_l{layer}{d}"] for k in LSTM_KINDS] for d in ("", "_reverse")))
         last = len(self._head_sizes(0)) - 2
         for i in range(last + 1):
-            x = torch.nn.functional.linear(x, p[f"mlp_head.{2 * i}.weight"], p[f"mlp_head.{2 * i}.bias"])
+            x = affine(x, p[f"mlp_head.{2 * i}.weight"], p[f"mlp_head.{2 * i}.bias"])
             x = x if i == last else x.relu()
         return x
 
-    def _lstm(self, x: Tensor, p: dict[str, Tensor], dropout: float, key: int) -> Tensor:
-        """Bidirectional LSTM over the n rows of x: [n, 2h]; masks between layers are drawn from the counter."""
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        for layer in range(self.num_layers):
-            if layer and dropout:
-                rows = torch.arange(x.shape[0], device=x.device) | layer << 32
-                x = x * keep_mask(rows, x.shape[1], key, dropout) / (1 - threshold(dropout) / 65536)
-            weights = [p[f"lstm_head.{kind}_l{layer}{d}"] for d in ("", "_reverse") for kind in kinds]
-            state = x.new_zeros(2, 1, self.hidden_size)
-            options = (True, 1, 0.0, torch.is_grad_enabled(), True, False)
-            x = torch.lstm(x[:, None], (state, state), weights, *options)[0][:, 0]
-        return x
+    def _masks(self, bank: AdapterBank, layer: int) -> Tensor:
+        """Dropout of what enters an LSTM layer, [R, n, 2h], drawn from each run's seed and step."""
+        rows = torch.arange(self.num_virtual_tokens, device=bank.flat.device)
+        kept = []
+        for method, key in zip(bank.methods, bank.keys("dropout.encoder", layer), strict=True):
+            assert isinstance(method, PTuning)
+            mask = keep_mask(rows, 2 * self.hidden_size, key, method.dropout)
+            kept.append(mask / (1 - threshold(method.dropout) / 65536))
+        return torch.stack(kept).to(bank.flat.dtype)
 
     def root(self) -> Root:
         return Root(kind="tokens", length=self.num_virtual_tokens)
@@ -143,8 +141,8 @@ class PTuning(Encoder):
             "encoder_num_layers": self.num_layers,
             "encoder_dropout": method.dropout,
         }
-        embeddings = method._encode_run(bank.run_tensors(run), 0.0, 0)
-        return fields, {EMBEDDINGS: embeddings}
+        stacked = {name: tensor[None] for name, tensor in bank.run_tensors(run).items()}
+        return fields, {EMBEDDINGS: self._encoded(stacked, None)[0]}
 
     @classmethod
     def from_peft(

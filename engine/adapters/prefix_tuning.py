@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftdyno.engine.adapters.encoder import Encoder, uniform_start
+from peftdyno.engine.adapters.encoder import Encoder, affine, uniform_start
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.adapters.prompt_form import EMBEDDINGS, prompt_fields, read_prompt_fields
 from peftdyno.engine.config import DecoderConfig
@@ -74,8 +74,8 @@ class PrefixTuning(Encoder):
         p = bank.parameters
         if not self.projection:
             return p["embedding.weight"]
-        inner = torch.tanh(_affine(p["embedding.weight"], p["transform.0.weight"], p["transform.0.bias"]))
-        return _affine(inner, p["transform.2.weight"], p["transform.2.bias"])
+        inner = torch.tanh(affine(p["embedding.weight"], p["transform.0.weight"], p["transform.0.bias"]))
+        return affine(inner, p["transform.2.weight"], p["transform.2.bias"])
 
     def encode(self, bank: AdapterBank) -> tuple[Tensor, ...]:
         config = bank.config
@@ -115,8 +115,3 @@ class PrefixTuning(Encoder):
 
 def _prefix_width(config: DecoderConfig) -> int:
     return 2 * config.num_hidden_layers * config.key_size
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Each run's own linear layer: x [R, n, in], weight [R, out, in], bias [R, out]."""
-    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))

@@ -81,14 +81,11 @@ class SVFT(Method):
         targets = self._targets(site)
         if not targets:
             return None
-        rows = module_rows(bank.config, site)
-        y = linear(x, weight, bias)
-        for module in targets:
-            name = f"layers.{layer}.{module}"
-            left, right = bank.buffers[name]
-            scale = rows_of_runs(bank.parameters[f"{name}.m"], runs.offsets)
-            y[:, slice(*rows[module])] += product(product(x, right) * scale.to(x.dtype), left)
-        return y
+        y, pieces = linear(x, weight, bias), []
+        for module, rows in module_rows(bank.config, site).items():
+            piece = y[:, slice(*rows)]
+            pieces.append(piece + _update(bank, f"layers.{layer}.{module}", x, runs) if module in targets else piece)
+        return torch.cat(pieces, 1)
 
     def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
         for layer, module in self._places(bank.config):
@@ -97,6 +94,13 @@ class SVFT(Method):
             weight = module_weight(weights, bank.config, layer, module)
             weight.copy_(weight + (left * m) @ right)
         return bank.config
+
+
+def _update(bank: AdapterBank, name: str, x: Tensor, runs: TokenRuns) -> Tensor:
+    """U diag(m) V^T x of one target, each token with its run's m."""
+    left, right = bank.buffers[name]
+    scale = rows_of_runs(bank.parameters[f"{name}.m"], runs.offsets)
+    return product(product(x, right) * scale.to(x.dtype), left)
 
 
 def _identified(method: Method, digest: str) -> SVFT:

@@ -19,7 +19,8 @@ from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.generate import generate
 from peftdyno.engine.pack import Sequence
-from peftdyno.engine.weights import random_weights
+from peftdyno.engine.sources import load_model
+from peftdyno.engine.weights import empty_weights, random_weights
 
 from .banks import (
     FORMS,
@@ -219,6 +220,36 @@ def test_a_run_that_is_nan_leaves_the_others_as_they_are(form: str, llama: TinyM
     assert not torch.tensor(broken[0]).isfinite()
     assert broken[1] == losses[1]
     assert torch.equal(bank.gradient[1], gradient[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_compute_keeps_wide_masters(form: str, llama: TinyModel) -> None:
+    """Gradients of fp32 masters over a bf16 base follow those over the same base in fp32."""
+    wide, narrow = (load_model(llama.folder, dtype)[1] for dtype in (torch.float32, torch.bfloat16))
+    for mine, rounded in zip(wide.tensors(), narrow.tensors(), strict=True):
+        mine.copy_(rounded)
+    sequences = random_sequences([9, 6])
+    gradients = []
+    for weights in (wide, narrow):
+        bank = shake(AdapterBank.create(llama.config, [small_method(form)], [1], weights), 0.01)
+        backward(Decoder(llama.config, weights), bank, [pack_of(bank, sequences)], training=False)
+        assert bank.flat.dtype == bank.gradient.dtype == torch.float32
+        gradients.append(bank.gradient.clone())
+    assert 0 < relative(gradients[1], gradients[0]) < 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_without_weights_runs_for_its_shapes(form: str) -> None:
+    config = builtin_config("qwen3-1.7b")
+    weights = empty_weights(config, torch.bfloat16)
+    bank = AdapterBank.create(config, [small_method(form)] * 2, (0, 1), weights)
+    sequences = [s for run in range(2) for s in random_sequences([9, 6], run=run)]
+    pack = pack_of(bank, sequences)
+    bank.begin(0, training=True)
+    losses = Decoder(config, weights).losses(pack.to("meta"), bank)
+    assert losses.is_meta and losses.shape == pack.labels.index.shape
+    losses.sum().backward()
+    bank.finish()
 
 
 def test_runs_that_differ_where_they_cannot_are_refused(llama: TinyModel) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peftdyno.engine.adapters.lstm import bidirectional
 from peftdyno.engine.adapters.p_tuning import PTuning
 from peftdyno.engine.builtin_configs import builtin_config
 from peftdyno.engine.errors import UserError
@@ -64,6 +65,23 @@ def test_exchange_with_peft(model: TinyModel, encoder: str, num_layers: int, tmp
     assert {name: tuple(t.shape) for name, t in stored.items()} == {"prompt_embeddings": (N, 64)}
     assert method.stored_count(model.config) == N * 64 == read.trainable_count()
     assert read.method.encoder == "none"
+
+
+def test_the_recurrence_equals_pytorchs() -> None:
+    lstms = [torch.nn.LSTM(6, 5, bidirectional=True, batch_first=True, dtype=torch.float64) for _ in range(3)]
+    stacked = [torch.stack(t).detach().requires_grad_() for t in zip(*(m.parameters() for m in lstms), strict=True)]
+    x = torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
+    found = bidirectional(x, stacked[:4], stacked[4:])
+    weight = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weight).sum(), [x, *stacked])
+    for run, module in enumerate(lstms):
+        row = x[run : run + 1].detach().requires_grad_()
+        out = module(row)[0]
+        torch.testing.assert_close(found[run], out[0])
+        expected = torch.autograd.grad((out[0] * weight[run]).sum(), [row, *module.parameters()])
+        torch.testing.assert_close(gradients[0][run], expected[0][0])
+        for mine, theirs in zip(gradients[1:], expected[1:], strict=True):
+            torch.testing.assert_close(mine[run], theirs)
 
 
 def test_counts_on_the_shape_of_llama_3_8b() -> None:
