@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.errors import UserError
-from peftdyno.kernels.nf4 import Nf4Weight, Weight
+from peftdyno.kernels.nf4 import NestedAbsmax, Nf4Weight, Weight
 
 PARTS: dict[str, tuple[str, ...]] = {
     "input_norm": ("input_norm.weight",),
@@ -74,9 +74,17 @@ class DecoderWeights:
         """Bytes of all distinct tensors as they are stored."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
+    @property
+    def quantisation(self) -> str | None:
+        """How the linear weights are quantised, as `--quant` names it; None where they are dense."""
+        first = self.layers[0].qkv
+        if isinstance(first, Tensor):
+            return None
+        return "nf4-double" if isinstance(first.absmax, NestedAbsmax) else "nf4"
+
     def require_dense(self, action: str) -> None:
         """UserError where the weights are in 4 bits, for an action that needs them as they are."""
-        if any(isinstance(layer.qkv, Nf4Weight) for layer in self.layers):
+        if self.quantisation is not None:
             raise UserError(
                 f"cannot {action} weights in 4 bits; dequantise them, or load the model without quantisation"
             )

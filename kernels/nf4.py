@@ -45,17 +45,20 @@ CODEBOOK = (
 """NF4: quantiles of the standard normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, appendix E)."""
 CHUNK = 1 << 15
 """Bytes of codes that the CPU form looks up at a time, so that what it needs beside the result stays in cache."""
+QUANTISED = 1 << 20
+"""Elements that are quantised at a time, so that no wide copy of a whole weight is needed."""
 
 
 @cache
-def _codebook(device: torch.device) -> Tensor:
+def codebook(device: torch.device) -> Tensor:
+    """The 16 values on a device, in fp32."""
     return torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
 
 
 @cache
 def _pairs() -> Tensor:
     """[256] the two fp32 values that a byte stands for, side by side in one 64-bit integer."""
-    book = _codebook(torch.device("cpu"))
+    book = codebook(torch.device("cpu"))
     return torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1).view(torch.int64).flatten()
 
 
@@ -74,7 +77,7 @@ def dynamic_codes(device: torch.device) -> Tensor:
 def reference_dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Plain PyTorch, all at once."""
     halves = torch.stack([codes >> 4, codes & 15], dim=1).int()
-    values = _codebook(codes.device)[halves].view(-1, BLOCK) * absmax[:, None]
+    values = codebook(codes.device)[halves].view(-1, BLOCK) * absmax[:, None]
     return values.view(rows, columns).to(dtype)
 
 
@@ -202,7 +205,7 @@ def quantise(weight: Tensor, *, nested: bool = False) -> Nf4Weight:
     rows, columns = weight.shape
     if rows * columns % BLOCK:
         raise ValueError(f"a weight of {rows} x {columns} elements cannot be divided into blocks of {BLOCK}")
-    indices, absmax = _nearest(weight.reshape(-1).float(), _codebook(weight.device), BLOCK)
+    indices, absmax = _nearest(weight.reshape(-1), codebook(weight.device), BLOCK)
     return Nf4Weight(
         codes=(indices[0::2] << 4) | indices[1::2],
         absmax=_nest(absmax) if nested else absmax,
@@ -245,9 +248,14 @@ def _nest(absmax: Tensor) -> NestedAbsmax:
 def _nearest(values: Tensor, book: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """uint8 [n] indices of the entries of `book` nearest to values [n] / absmax, the lower one where two are as near,
     and fp32 [ceil(n / block)] absmax of each block; the last block may be short."""
-    count = values.shape[0]
-    padded = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block)
-    absmax = padded.abs().amax(dim=1)
-    scaled = padded * (1.0 / absmax.clamp_min(1e-38))[:, None]
-    indices = torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True)
-    return indices.to(torch.uint8).view(-1)[:count], absmax
+    count, short = values.shape[0], -values.shape[0] % block
+    blocks = (torch.nn.functional.pad(values, (0, short)) if short else values).view(-1, block)
+    indices = torch.empty_like(blocks, dtype=torch.uint8)
+    absmax = torch.empty(blocks.shape[0], dtype=torch.float32, device=values.device)
+    bounds, step = (book[:-1] + book[1:]) / 2, QUANTISED // block
+    for piece, index, largest in zip(blocks.split(step), indices.split(step), absmax.split(step), strict=True):
+        wide = piece.float()
+        largest.copy_(wide.abs().amax(dim=1))
+        scaled = wide * (1.0 / largest.clamp_min(1e-38))[:, None]
+        index.copy_(torch.bucketize(scaled, bounds, out_int32=True))
+    return indices.view(-1)[:count], absmax

@@ -35,6 +35,7 @@ class Subject:
     methods: tuple[Method, ...]
     dtype: torch.dtype
     device: torch.device
+    quant: str | None = None
 
 
 @dataclass
@@ -63,7 +64,13 @@ class Ledger:
     @classmethod
     def of(cls, decoder: Decoder, bank: AdapterBank, *, on: bool = True, every: int = 0) -> Ledger:
         """The ledger of a training of `bank` over `decoder`, which from now on charges the decoder's scope."""
-        subject = Subject(config=decoder.config, methods=bank.methods, dtype=decoder.dtype, device=decoder.device)
+        subject = Subject(
+            config=decoder.config,
+            methods=bank.methods,
+            dtype=decoder.dtype,
+            device=decoder.device,
+            quant=decoder.weights.quantisation,
+        )
         scope = decoder.scope
         counter = Counter(scope) if on else None
         return cls(scope, on, clock_for(decoder.device), counter, every, subject)

@@ -23,6 +23,7 @@ from peftdyno.engine.generate import generate
 from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_norms
 from peftdyno.engine.pack import Pack, Root, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.quant import quantise_weights
 from peftdyno.engine.train import forward_backward
 from peftdyno.engine.weights import empty_weights
 
@@ -39,12 +40,14 @@ class Untuned(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is predicted: a model, the method of each run, the compute dtype, and the type of device."""
+    """What is predicted: a model, the method of each run, the compute dtype, the type of device, and the kind of 4-bit
+    weights where the base has them."""
 
     config: DecoderConfig
     methods: tuple[Method, ...] = (Untuned(),)
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+    quant: str | None = None
 
     @property
     def root(self) -> Root | None:
@@ -54,6 +57,8 @@ class Job:
     def model(self, scope: Scope) -> tuple[Decoder, AdapterBank]:
         """Decoder and bank of shapes without values."""
         weights = empty_weights(self.config, self.dtype)
+        if self.quant is not None:
+            weights = quantise_weights(weights, self.config, self.quant)
         bank = AdapterBank.create(self.config, self.methods, range(len(self.methods)), weights)
         return Decoder(self.config, weights, scope), bank
 

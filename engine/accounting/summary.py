@@ -74,7 +74,13 @@ def predicted_tally(ledger: Ledger, steps: Sequence[int]) -> Tally:
     """Costs of the given steps, predicted from the shapes of their packs."""
     subject = ledger.subject
     assert subject is not None, "the ledger does not know whose costs it holds"
-    job = Job(config=subject.config, methods=subject.methods, dtype=subject.dtype, device=subject.device.type)
+    job = Job(
+        config=subject.config,
+        methods=subject.methods,
+        dtype=subject.dtype,
+        device=subject.device.type,
+        quant=subject.quant,
+    )
     total = Tally()
     for shapes, times_seen in Occurrences(ledger.packs[step] for step in steps).items():
         step_tally = training_step(job, [shape.pack() for shape in shapes])

@@ -27,12 +27,12 @@ def _dequantise(codes, absmax, book, out, num_bytes, BLOCK: tl.constexpr):
 
 def dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W [rows, columns] in `dtype`, formed in fp32."""
-    from peftdyno.kernels.nf4 import _codebook
+    from peftdyno.kernels.nf4 import codebook
 
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     if codes.numel():
         _dequantise[(triton.cdiv(codes.numel(), 1024),)](
-            codes, absmax, _codebook(codes.device), out, codes.numel(), BLOCK=1024, num_warps=4
+            codes, absmax, codebook(codes.device), out, codes.numel(), BLOCK=1024, num_warps=4
         )
     return out
 

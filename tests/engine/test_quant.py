@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.predict import Job, run_step, training_step
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.ia3 import IA3
 from peftdyno.engine.adapters.lora import LoRA
@@ -27,6 +28,7 @@ from peftdyno.engine.errors import UserError
 from peftdyno.engine.families import family_of
 from peftdyno.engine.generate import generate
 from peftdyno.engine.merge import merge_adapter
+from peftdyno.engine.optim import AdamW
 from peftdyno.engine.pack import Sequence
 from peftdyno.engine.quant import (
     QUANTISATIONS,
@@ -121,7 +123,6 @@ class WatchedSource:
         return self.source.place(name)
 
     def read(self, name: str) -> Tensor:
-        gc.collect()
         self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self.given))
         tensor = self.source.read(name)
         if "proj.weight" in name:
@@ -182,6 +183,28 @@ def test_every_method_acts_as_on_the_dequantised_model(model: TinyModel, form: s
         results.append((losses, bank.gradient))
     (losses, gradient), (expected, expected_gradient) = results
     assert losses == expected and torch.equal(gradient, expected_gradient) and float(gradient.norm()) > 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [EVERYWHERE, replace(EVERYWHERE, dora=True), small_method("svft")],
+    ids=["lora", "dora", "svft"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_are_predicted(model: TinyModel, method: Method, kind: str) -> None:
+    config = model.config
+    weights = quantise_weights(model.decoder.weights, config, kind)
+    assert weights.quantisation == kind and model.decoder.weights.quantisation is None
+    decoder, bank = Decoder(config, weights), new_bank(config, method, weights)
+    pack, ledger = pack_of(bank, random_sequences([9, 12])), Ledger.of(decoder, bank)
+    run_step(decoder, bank, AdamW.create(bank), [pack], ledger)
+    assert ledger.subject is not None and ledger.counter is not None
+    job = Job(config=config, methods=(method,), dtype=torch.float32, quant=ledger.subject.quant)
+    counted = ledger.counter.tally
+    assert counted.charges == training_step(job, [pack]).charges
+    dequantised = counted.by("owner", "operator")["base", "nf4_dequantise"]
+    sizes = [weight.shape[0] * weight.shape[1] for weight in linear_weights(weights)]
+    assert dequantised.pointwise >= 2 * sum(sizes) - sizes[0]  # nothing may need the gradient of the first input
 
 
 @pytest.mark.parametrize("options", [{"dora": True}, {"init": "pissa"}, {"dora": True, "init": "pissa"}], ids=str)

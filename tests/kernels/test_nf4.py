@@ -13,11 +13,21 @@ from peftdyno.kernels import nf4
 from peftdyno.kernels.adapted_linear import Columns, LinearEdits, LowRank, TokenRuns, adapted_linear
 from peftdyno.kernels.library import COSTS, PRIMITIVES
 from peftdyno.kernels.linear import linear
-from peftdyno.kernels.nf4 import BLOCK, CHUNK, CODEBOOK, NESTED_BLOCK, NestedAbsmax, Nf4Weight, quantise, stacked
+from peftdyno.kernels.nf4 import (
+    BLOCK,
+    CHUNK,
+    CODEBOOK,
+    NESTED_BLOCK,
+    QUANTISED,
+    NestedAbsmax,
+    Nf4Weight,
+    quantise,
+    stacked,
+)
 from peftdyno.kernels.oracle import excess, in_float64
 
-SHAPES = [(1, 64), (63, 64), (127, 192), (2 * CHUNK // 64 + 3, 64), (64, 1), (3, 320)]
-"""One block, odd numbers of them, more than the CPU form looks up at a time, and blocks across rows."""
+SHAPES = [(1, 64), (63, 64), (127, 192), (2 * CHUNK // 64 + 3, 64), (QUANTISED // 64 + 1, 64), (64, 1), (3, 320)]
+"""One block, odd numbers of them, more than are looked up and quantised at a time, and blocks across rows."""
 KINDS = pytest.mark.parametrize("nested", [False, True], ids=["nf4", "nf4-double"])
 
 
