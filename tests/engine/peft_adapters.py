@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.peft_format import bank_from_adapters, save_adapter
 from peftdyno.engine.pack import Sequence
 
-from .banks import TinyModel, pack_of
+from .banks import TinyModel, backward, pack_of, random_sequences, relative
 
 PROMPTS = ((5, 17, 99, 23, 42, 8, 11, 64, 3), (5, 17, 30, 31))
 
@@ -78,3 +80,31 @@ def peft_generation(wrapped: Any, prompt: tuple[int, ...], num_tokens: int) -> l
     mask = torch.ones_like(tokens)
     found = wrapped.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
     return found[0, len(prompt) :].tolist()
+
+
+def peft_gradients(model: TinyModel, folder: Path, sequences: SequenceOf[Sequence]) -> tuple[float, dict[str, Tensor]]:
+    """Summed cross-entropy of the labels with an adapter folder, and its gradients by the names in the file."""
+    wrapped = in_peft(model, folder, trainable=True)
+    for name, parameter in wrapped.named_parameters():
+        if name.endswith(".bias"):
+            parameter.requires_grad_()
+    total = torch.zeros(())
+    for sequence in sequences:
+        logits = wrapped(tokens_of(sequence.tokens)).logits[0, sequence.num_prompt - 1 : -1]
+        targets = torch.tensor(sequence.tokens[sequence.num_prompt :])
+        total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    total.backward()
+    found = {n.replace(".default", ""): p.grad for n, p in wrapped.named_parameters() if p.grad is not None}
+    return float(total.detach()), found
+
+
+def check_gradients(model: TinyModel, bank: AdapterBank, names: Mapping[str, str], folder: Path) -> None:
+    """The loss and the gradient of every trained tensor, given our names and the file's, equal PEFT's."""
+    sequences = random_sequences([9, 6, 7])
+    (loss,) = backward(model.decoder, bank, [pack_of(bank, sequences)])
+    expected, gradients = peft_gradients(model, saved(model, bank, folder), sequences)
+    assert abs(loss - expected) <= 1e-5 * abs(expected)
+    assert names.keys() == bank.parameters.keys()
+    for name, theirs in names.items():
+        found = bank.parameters[name].grad[0]
+        assert relative(found, gradients[theirs].view_as(found)) <= 1e-4, name

@@ -18,7 +18,7 @@ from peftdyno.engine.builtin_configs import builtin_config
 from peftdyno.engine.errors import UserError
 
 from .banks import TinyModel, backward, pack_of, random_sequences, relative, shake, tiny_model, train_steps
-from .peft_adapters import in_peft, logits_of, peft_logits, saved
+from .peft_adapters import logits_of, peft_gradients, peft_logits, saved
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -103,33 +103,13 @@ def test_gradients_equal_peft(form: str, variant: str, request: pytest.FixtureRe
     bank = shake(model.bank(method))
     sequences = random_sequences([9, 6, 7])
     (loss,) = backward(model.decoder, bank, [pack_of(bank, sequences)])
-    theirs = in_peft(model, saved(model, bank, tmp_path), trainable=True)
-    expected = peft_loss(theirs, sequences)
+    expected, gradients = peft_gradients(model, saved(model, bank, tmp_path), sequences)
     assert loss == pytest.approx(expected, rel=1e-5)
-    gradients = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     names = method.peft_names(model.config, model.family)
     for name, shape in method.parameters(model.config).items():
         found = bank.parameters[name].grad[0]
         grad = gradients[names[name] + (".weight" if name.endswith(".magnitude") else "")]
         assert relative(found, grad[tuple(slice(n) for n in shape)]) <= 1e-4, name
-
-
-def peft_loss(wrapped: Any, sequences: list[Any]) -> float:
-    """Summed cross-entropy of the labels, run backward; all biases get gradients."""
-    for name, parameter in wrapped.named_parameters():
-        if name.endswith(".bias"):
-            parameter.requires_grad_()
-    losses = [
-        torch.nn.functional.cross_entropy(
-            wrapped(torch.tensor([s.tokens])).logits[0, s.num_prompt - 1 : -1],
-            torch.tensor(s.tokens[s.num_prompt :]),
-            reduction="sum",
-        )
-        for s in sequences
-    ]
-    total = torch.stack(losses).sum()
-    total.backward()
-    return float(total.detach())
 
 
 MIXED = (

@@ -221,7 +221,7 @@ A_NAME = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
         ("init_lora_weights", "olora", r"field 'init_lora_weights' is 'olora', expected true, false"),
         ("init_lora_weights", "pissa_niter_4", r"field 'init_lora_weights' is 'pissa_niter_4'"),
         ("init_lora_weights", 1, r"field 'init_lora_weights' is 1"),
-        ("target_modules", ["lm_head"], r"field 'target_modules' is \['lm_head'\], expected modules other than lm_head"),
+        ("target_modules", ["lm_head"], r"'target_modules' is \['lm_head'\], expected modules other than lm_head"),
         ("target_modules", ["wq"], r"field 'target_modules' is \['wq'\], expected at least one module of a llama"),
         ("target_modules", "(", r"field 'target_modules' is '\(', expected a regular expression"),
         ("target_modules", None, r"field 'target_modules' is None"),
