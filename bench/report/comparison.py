@@ -140,7 +140,7 @@ def compare(found: Collection) -> Comparison:
     runs = {m: [r for key, r in found.runs.items() if key[0] == m] for m in found.methods}
     without = _left_out([record for some in runs.values() for record in some])
     rows = [_row(found, method, records, tasks, without) for method, records in runs.items() if records]
-    rows = _ranked(rows)
+    rows = _ranked(rows, without)
     untuned = _untuned(found)
     return Comparison(
         collection=found,
@@ -248,7 +248,7 @@ def _pscp(
     return {"pscp": found.estimate, "low": found.low, "high": found.high}
 
 
-def _ranked(rows: Sequence[Row]) -> list[Row]:
+def _ranked(rows: Sequence[Row], without: Sequence[str]) -> list[Row]:
     """Rows by falling PSCP, then score; with ranks, and how they hold as the exponents vary."""
     valued = {row.method: row for row in rows if row.pscp is not None}
     rank = ranks({name: row.pscp or 0.0 for name, row in valued.items()})
@@ -258,8 +258,8 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
             name: Inputs(
                 score=row.score or 0.0,
                 parameters=row.trainable,
-                tflop=max(row.inference_tflop or 0.0, 0.0),
-                memory_gb=row.memory_gb or 0.0,
+                tflop=0.0 if "tflop" in without else max(row.inference_tflop or 0.0, 0.0),
+                memory_gb=0.0 if "memory_gb" in without else row.memory_gb or 0.0,
             )
             for name, row in valued.items()
         }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT = 640, 130, 60
+WIDTH, LEFT, RIGHT = 510, 110, 50
 BAR, GAP = 22, 10
 
 
@@ -56,8 +56,8 @@ def points(items: Sequence[Point], x_label: str, y_label: str, *, logarithmic: b
     x_low, x_high = _range(xs)
     y_low, y_high = _range([item.y for item in items])
     across, up = (WIDTH - LEFT - RIGHT) / (x_high - x_low), (height - top - bottom) / (y_high - y_low)
-    ticks = _ticks(x_low, x_high)
-    names = [f"{10**tick:.2g}" for tick in ticks] if logarithmic else None
+    ticks = _powers(x_low, x_high) if logarithmic else _ticks(x_low, x_high)
+    names = [_short(10**tick) for tick in ticks] if logarithmic else None
     parts = [_axis_x(ticks, across, x_low, height - bottom, x_label, names)]
     for tick in _ticks(y_low, y_high):
         y = height - bottom - (tick - y_low) * up
@@ -111,6 +111,22 @@ def _round_up(value: float) -> float:
 def _step(span: float) -> float:
     power = 10 ** math.floor(math.log10(span / 4))
     return next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 2, 5 times the powers of ten in a range, or of the powers alone where those are enough."""
+    whole = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1,) if high - low > 3 else (1, 3) if high - low > 1 else (1, 2, 5)
+    found = [power + math.log10(factor) for power in whole for factor in factors]
+    return [tick for tick in found if low <= tick <= high]
+
+
+def _short(value: float) -> str:
+    """30000 as 30k."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.999 * size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
 
 
 def _ticks(low: float, high: float) -> list[float]:

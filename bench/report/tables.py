@@ -50,7 +50,7 @@ def _ranking_row(row: Row) -> tuple[str, ...]:
         number(row.pscp, absent="none"),
         "" if row.low is None or row.high is None else f"{row.low:.2f} to {row.high:.2f}",
         f"{row.trainable:,}",
-        number(row.inference_tflop, 5),
+        "not counted" if row.inference_tflop is None else f"{row.inference_tflop:.3g}",
         number(row.memory_gb, 3, absent="not measured"),
         number(row.step_seconds, 3, absent=""),
         "" if row.kept_rank is None else f"{100 * row.kept_rank:.0f}%",

@@ -205,9 +205,9 @@ def test_plots_stay_inside_and_keep_order() -> None:
     drawn = bars([Bar("a", 50.0, 40.0, 60.0), Bar("<b>", 25.0)], "PSCP")
     assert "&lt;b&gt;" in drawn and 'class="whisker"' in drawn
     widths = [float(part.split('"')[0]) for part in drawn.split('class="bar"')[1].split('width="')[1:2]]
-    assert widths[0] < 640
+    assert widths[0] < 510
     spread = points([Point("a", 1e4, 10.0), Point("b", 1e6, 20.0)], "x", "y", logarithmic=True)
     xs = [float(part.split('"')[0]) for part in spread.split('cx="')[1:]]
     ys = [float(part.split('"')[0]) for part in spread.split('cy="')[1:]]
-    assert 0 < xs[0] < xs[1] < 640 and 0 < ys[1] < ys[0] < 320
+    assert 0 < xs[0] < xs[1] < 510 and 0 < ys[1] < ys[0] < 320
     assert points([Point("a", 5.0, 5.0)], "x", "y")
