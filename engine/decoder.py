@@ -95,8 +95,8 @@ class Decoder:
         """Hidden states after the final norm, [N, D]; with `only_labels` at `pack.labels.rows` only, and then the
         last layer's output projection and MLP run for those rows alone."""
         config = self.config
-        rows = Rows(pack.runs, pack, self.rotary(pack.positions), cache)
         self.scope.layer = -1
+        rows = Rows(pack.runs, pack, self.rotary(pack.positions), cache)
         residual, delta = self.embed(pack, bank), None
         for i, weights in enumerate(self.weights.layers):
             residual, delta = _enter_layer(self.scope, i, residual, delta)

@@ -33,8 +33,9 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].run)
     ordered = [prompts[i] for i in order]
-    pack = build_pack(ordered, num_runs=bank.num_runs, share_prefix=share_prefix, root=bank.root)
-    pack = pack.to(decoder.device)
+    with decoder.scope.within(phase="data", layer=-1):
+        pack = build_pack(ordered, num_runs=bank.num_runs, share_prefix=share_prefix, root=bank.root)
+        pack = pack.to(decoder.device)
     with decoder.scope.within(phase="prefill", owner="adapter", layer=-1):
         bank.begin(0, training=False)
     with decoder.scope.within(phase="prefill"):

@@ -35,15 +35,14 @@ class Scope:
     def within(
         self, *, phase: Phase | None = None, owner: Owner | None = None, layer: int | None = None
     ) -> Iterator[None]:
-        """Charge what runs inside to another phase, owner or layer."""
-        before = self.phase, self.owner, self.layer
+        """Charge what runs inside to another phase or owner, from `layer` on where it is given."""
+        before = self.phase, self.owner
         self._enter(phase or self.phase, owner or self.owner)
         self.layer = self.layer if layer is None else layer
         try:
             yield
         finally:
-            self._enter(*before[:2])
-            self.layer = self.layer if layer is None else before[2]
+            self._enter(*before)
 
     def _enter(self, phase: Phase, owner: Owner) -> None:
         if self.recording and owner != self.owner:

@@ -14,14 +14,22 @@ from peftdyno.engine.accounting.scope import Phase
 from peftdyno.engine.accounting.tally import Tally, nested
 
 
-def summary(ledger: Ledger) -> dict[str, Any]:
-    """`flops`, `time`, `steps` of a finished training.
+CONVENTIONS = {
+    "attention": "causal: the pairs that are attended, exactly",
+    "multiply_add": "2 FLOPs",
+    "classes": "matrix, pointwise and reduction together",
+}
 
-    flops.counted and flops.predicted are {phase: {owner: {class: integer}}} summed over the sampled steps and must be
-    equal; `matrix` is causal attention, `matrix_full` the full square. time is {phase: {median, p10, p90, total}} in
-    seconds over the timed steps after warm-up.
+
+def summary(ledger: Ledger) -> dict[str, Any]:
+    """What a finished training cost, by the three kinds of figure.
+
+    `flops`: {predicted, counted: {phase: {owner: integer}}, conventions}, of the sampled steps, which must be equal.
+    `flops_by_class`: the same by class, `matrix_full` being matrix FLOPs under the full-square convention.
+    `time`: {phase: {median, p10, p90, total, count}} in seconds over the timed
+    steps after warm-up. `steps`: how many there were of each kind.
     """
-    return {"flops": _flops(ledger), "time": times(ledger), "steps": _steps(ledger)}
+    return {**_flops(ledger), "time": times(ledger), "steps": _steps(ledger)}
 
 
 def _steps(ledger: Ledger) -> dict[str, Any]:
@@ -61,13 +69,21 @@ def _flops(ledger: Ledger) -> dict[str, Any]:
     if ledger.counter is None or ledger.subject is None or not ledger.sampled:
         return {}
     counted, predicted = ledger.counter.tally, predicted_tally(ledger, ledger.sampled)
+    kinds = {"predicted": predicted, "counted": counted}
+    by_class = {kind: nested(tally.by("phase", "owner")) for kind, tally in kinds.items()}
     return {
-        "convention": "matrix: causal attention over exact pairs; matrix_full: full square",
-        "steps": list(ledger.sampled),
-        "counted": nested(counted.by("phase", "owner")),
-        "predicted": nested(predicted.by("phase", "owner")),
-        "equal_by_layer": counted.by("phase", "owner", "layer") == predicted.by("phase", "owner", "layer"),
+        "flops": {**{kind: figures(tally) for kind, tally in kinds.items()}, "conventions": CONVENTIONS},
+        "flops_by_class": by_class,
+        "flops_equal_by_layer": counted.by("phase", "owner", "layer") == predicted.by("phase", "owner", "layer"),
     }
+
+
+def figures(tally: Tally) -> dict[str, dict[str, int]]:
+    """{phase: {owner: FLOPs of all classes}} with causal attention."""
+    table: dict[str, dict[str, int]] = {}
+    for (phase, owner), charge in sorted(tally.by("phase", "owner").items()):
+        table.setdefault(str(phase), {})[str(owner)] = charge.flops
+    return table
 
 
 def predicted_tally(ledger: Ledger, steps: Sequence[int]) -> Tally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from peftdyno.engine.accounting.counting import Counter, UnknownOperator
@@ -17,7 +17,9 @@ from peftdyno.engine.optim import AdamW
 
 from .small_jobs import DTYPES, VARIANTS, configs, label, pack_of, real_model, sequences
 
-QUICK = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(
+    max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 EACH = pytest.mark.parametrize("method", VARIANTS, ids=label)
 
 
