@@ -25,14 +25,14 @@ def _dropout(probability: float, streams: Tensor | None, keys: Tensor | None, li
 
 
 def _widened(x: Tensor, columns: int) -> Tensor:
-    """x with the columns that lie to the right of its rows in memory."""
-    return x.as_strided((x.shape[0], x.shape[1] + columns), x.stride())
+    """x with the columns that lie to the right of its rows in memory; to write there does not change x for autograd."""
+    return x.data.as_strided((x.shape[0], x.shape[1] + columns), x.stride())
 
 
 def _below(weight: Tensor, rows: int) -> Tensor:
     """The spare rows below a bordered weight."""
     start = weight.storage_offset() + weight.shape[0] * weight.stride(0)
-    return weight.as_strided((rows, weight.shape[1]), weight.stride(), start)
+    return weight.data.as_strided((rows, weight.shape[1]), weight.stride(), start)
 
 
 def _has_spare(x: Tensor, columns: int) -> bool:

@@ -1,0 +1,98 @@
+"""`bench/gpu.sh [--only SECTION] [--out FOLDER] [--tiny]`: run the sections, print a table, leave JSON beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SECTIONS = ("kernels", "micro", "step", "decode", "memory")
+SECONDS = 450.0
+"""A section starts no new row after this; the next call goes on with what is left."""
+
+
+def options(arguments: list[str]) -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__.split(": ")[1])  # type: ignore[union-attr]
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="a section (may be repeated); all otherwise")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes; without a GPU, in Triton's interpreter")
+    parser.add_argument("--fresh", action="store_true", help="forget rows measured before")
+    return parser.parse_args(arguments)
+
+
+def provenance(device: Any, *, tiny: bool) -> dict[str, Any]:
+    """Where the figures come from."""
+    import torch
+    import triton
+
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "gpu": gpu,
+        "interpreted": device.type != "cuda",
+        "tiny": tiny,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip() or None,
+        "command": " ".join(sys.argv[1:]),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is asked for; 0 where every check passed and nothing is left over."""
+    chosen = options(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        if not chosen.tiny:
+            print("no CUDA device: run it on a GPU machine, or give --tiny for a smoke test", file=sys.stderr)
+            return 2
+        os.environ["TRITON_INTERPRET"] = "1"
+    from peftdyno.bench.gpu import checks, decode, memory, micro, step
+    from peftdyno.bench.gpu.results import Section, brief
+    from peftdyno.bench.gpu.sizes import FULL, TINY
+    from peftdyno.kernels import dispatch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dispatch.use("triton")
+    runners = {"kernels": checks.run, "micro": micro.run, "step": step.run, "decode": decode.run, "memory": memory.run}
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name in chosen.only or SECTIONS:
+        section = Section.open(name, chosen.out, SECONDS, fresh=chosen.fresh)
+        runners[name](section, TINY if chosen.tiny else FULL, device, tiny=chosen.tiny)
+        sections.append(section)
+    report = {"provenance": provenance(device, tiny=chosen.tiny)}
+    report |= {s.name: {"rows": list(s.rows.values()), "left": s.left} for s in sections}
+    (chosen.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    return summary(sections, brief, interpreted=device.type != "cuda")
+
+
+def summary(sections: list[Any], brief: Any, *, interpreted: bool) -> int:
+    """The short table: failures and what is left of each section, and its rows but for passed checks."""
+    print("\n" + ("SMOKE TEST in the interpreter: its times say nothing\n" if interpreted else ""))
+    failed = 0
+    for section in sections:
+        rows = section.rows.values()
+        wrong = [row["name"] for row in rows if row.get("ok") is False]
+        failed += len(wrong)
+        print(f"{section.name}: {len(rows)} rows, {len(wrong)} wrong, {len(section.left)} left")
+        for name in wrong:
+            print(f"  WRONG {name}")
+        for row in rows:
+            if "ok" not in row:
+                print(f"  {row['name']:<56}{brief({k: v for k, v in row.items() if k != 'name'})}")
+    return int(failed > 0 or any(section.left for section in sections))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,251 @@
+"""Calls of every operator as a step makes them, on fresh random data: what is checked, and then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftdyno.bench.gpu.sizes import Sizes
+from peftdyno.engine.pack import Sequence, build_pack
+from peftdyno.kernels import rotary
+from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.random import stream_key
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator on arguments that `make(dtype, tokens)` draws; `changed` are those it writes to.
+
+    `against` names what a user would otherwise run: a callable with the same arguments, made by `micro`.
+    """
+
+    operator: str
+    label: str
+    make: Callable[[torch.dtype, int], tuple[Any, ...]]
+    changed: tuple[int, ...] = ()
+    against: str = ""
+
+    @property
+    def name(self) -> str:
+        """Operator and label."""
+        return f"{self.operator} {self.label}".strip()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random tensors of the sizes of a model."""
+
+    sizes: Sizes
+    device: torch.device
+
+    def rows(self, n: int, columns: int, dtype: torch.dtype, spare: int = 0) -> Tensor:
+        """[n, columns] of variance 1."""
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        return with_spare(n, columns, spare, like).copy_(torch.randn(n, columns, device=self.device))
+
+    def masters(self, *shape: int) -> Tensor:
+        """fp32 values of variance 1/100."""
+        return 0.1 * torch.randn(*shape, device=self.device)
+
+    def runs(self, tokens: int, count: int) -> list[int]:
+        """Offsets of runs of unequal length; the second is empty where there are three or more."""
+        cuts = sorted((tokens * j * (j + 1)) // (count * (count + 1)) for j in range(count + 1))
+        if count > 2:
+            cuts[2] = cuts[1]
+        return cuts
+
+    def layout(self, tokens: int, kind: str) -> tuple[Tensor, Tensor]:
+        """Tables of a pack of `kind`: equal sequences, ragged ones, or children of a shared prefix."""
+        if kind == "equal":
+            lengths, shared = [tokens // self.sizes.sequences] * self.sizes.sequences, 0
+        elif kind == "ragged":
+            lengths, shared = _ragged(tokens), 0
+        else:
+            shared = max(1, tokens // 8)
+            lengths = [shared + own for own in _ragged(tokens - shared)]
+        sequences = [
+            Sequence(tokens=(7,) * shared + (i + 8,) * (n - shared), num_prompt=1, ordinal=i)
+            for i, n in enumerate(lengths)
+        ]
+        layout = build_pack(sequences, share_prefix=shared > 0).layout
+        return layout.segments, layout.chain
+
+
+def _ragged(tokens: int) -> list[int]:
+    """Lengths that add up: long sequences first, then ever shorter ones."""
+    lengths = []
+    while tokens > 0:
+        lengths.append(max(1, tokens // 3) if tokens > 8 else tokens)
+        tokens -= lengths[-1]
+    return lengths
+
+
+def pointwise(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Norms, activations, rotary embedding, scales and shifts, AdamW."""
+    config, draw = sizes.config(), Draw(sizes, device)
+    d, f = config.hidden_size, config.intermediate_size
+    eps, r = config.rms_norm_eps, sizes.runs
+    heads, width = config.num_attention_heads + config.num_key_value_heads, config.head_dim
+
+    def norm(t: torch.dtype, n: int) -> tuple[Any, ...]:
+        return draw.rows(n, d, t, 64), draw.rows(n, d, t), draw.rows(1, d, t)[0], [], eps, 0.0, 64
+
+    def norm_backward(t: torch.dtype, n: int, runs: int = 0) -> tuple[Any, ...]:
+        weight = draw.masters(runs, d) if runs else draw.rows(1, d, t)[0]
+        rstd = torch.rand(n, device=device) + 0.5
+        offsets = draw.runs(n, runs) if runs else []
+        return *(draw.rows(n, d, t) for _ in range(3)), weight, rstd, offsets, 0.0, runs > 0
+
+    def activation(t: torch.dtype, n: int, runs: int = 0) -> tuple[Any, ...]:
+        scale = draw.masters(runs, f) if runs else None
+        return draw.rows(n, 2 * f, t), scale, "silu", draw.runs(n, max(runs, 1)), 64
+
+    def turn(t: torch.dtype, n: int) -> tuple[Any, ...]:
+        frequencies = config.rope_theta ** -(torch.arange(width // 2, device=device) / (width // 2))
+        cos, sin = rotary.angles(torch.arange(n, device=device), frequencies)
+        return draw.rows(n, (heads + config.num_key_value_heads) * width, t), cos, sin, heads, False
+
+    def update(_: torch.dtype, n: int) -> tuple[Any, ...]:
+        p, g, m, v = (draw.masters(r, n * 64) for _ in range(4))
+        return p, g, m, v.abs_(), [1e-4] * r, [1.0] * r, [7] * r, 0.9, 0.999, 1e-8, 0.01
+
+    yield Case("rms_norm", "+ residual", norm, against="eager compile liger")
+    yield Case("rms_norm_backward", "frozen", norm_backward, against="eager compile")
+    yield Case("rms_norm_backward", f"LN-tuning, {r} runs", lambda t, n: norm_backward(t, n, r))
+    yield Case("glu", "silu", activation, against="eager compile liger")
+    yield Case("glu", f"silu, IA3 of {r} runs", lambda t, n: activation(t, n, r))
+    yield Case("glu_backward", "silu", lambda t, n: (draw.rows(n, f, t), *activation(t, n)), against="eager compile")
+    yield Case("glu_backward", "silu, IA3", lambda t, n: (draw.rows(n, f, t), *activation(t, n, r)))
+    yield Case("rotary_", "", turn, changed=(0,), against="eager compile")
+    scaled = lambda t, n: (draw.rows(n, d, t), draw.masters(r, d), 0, draw.runs(n, r))  # noqa: E731
+    yield Case("bank_scale_", f"{r} runs", scaled, changed=(0,))
+    yield Case("bank_shift_", f"{r} runs", scaled, changed=(0,))
+    sums = lambda t, n: (draw.rows(n, d, t), draw.rows(n, d, t), 0, d, draw.runs(n, r))  # noqa: E731
+    yield Case("bank_column_sums", f"{r} runs", sums, against="eager compile")
+    yield Case("scale_rows", "", lambda t, n: (draw.rows(n, d, t), torch.randn(n, device=device)))
+    yield Case("adamw_", f"{r} runs", update, changed=(0, 2, 3), against="eager")
+
+
+def losses(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """LM head and cross-entropy."""
+    config, draw = sizes.config(), Draw(sizes, device)
+
+    def make(t: torch.dtype, n: int) -> tuple[Any, ...]:
+        head = draw.rows(config.vocab_size, config.hidden_size, t)
+        targets = torch.randint(config.vocab_size, (n,), device=device)
+        return draw.rows(n, config.hidden_size, t), head * config.hidden_size**-0.5, targets, 0.0, True
+
+    yield Case("label_loss", "", make, against="eager liger")
+
+
+def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """The four products of a layer, frozen and with low-rank terms, forward and backward."""
+    config, draw = sizes.config(), Draw(sizes, device)
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    sites = {
+        "qkv": (d, [q, kv, kv]),
+        "o": (q, [d]),
+        "gate_up": (d, [f, f]),
+        "down": (f, [d]),
+    }
+    for site, (columns, outs) in sites.items():
+        out = sum(outs)
+        dense = lambda t, n, c=columns, o=out: (draw.rows(n, c, t), draw.rows(o, c, t) * c**-0.5, None, 0)  # noqa: E731
+        yield Case("linear", site, dense)
+        back = lambda t, n, c=columns, o=out: (draw.rows(n, o, t), draw.rows(o, c, t) * c**-0.5)  # noqa: E731
+        yield Case("linear_backward", site, back)
+        for runs, dropout, bordered in ((1, 0.05, True), (1, 0.05, False), (1, 0.0, True), (sizes.runs, 0.05, True)):
+            label = f"{site}, {runs} runs, dropout {dropout:g}, {'bordered' if bordered else 'plain'}"
+            low = _LowRank(draw, columns, tuple(outs), runs, dropout, bordered)
+            yield Case("lora_linear", label, low.forward)
+            yield Case("lora_linear_backward", label, low.backward)
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """Arguments of a product with low-rank terms on all its modules."""
+
+    draw: Draw
+    columns: int
+    outs: tuple[int, ...]
+    runs: int
+    dropout: float
+    bordered: bool
+
+    def _common(self, t: torch.dtype, n: int) -> tuple[Tensor, Tensor, list[Any], int]:
+        rank, count, device = self.draw.sizes.rank, len(self.outs), self.draw.device
+        border = count * self.runs * rank if self.bordered else 0
+        storage = self.draw.rows(sum(self.outs) + border, self.columns + border, t)
+        storage *= self.columns**-0.5
+        weight = storage[: sum(self.outs), : self.columns]
+        a = [self.draw.masters(self.runs, rank, self.columns) for _ in self.outs]
+        b = [self.draw.masters(self.runs, out, rank) for out in self.outs]
+        ends = [sum(self.outs[: m + 1]) for m in range(count)]
+        rows = [i for out, end in zip(self.outs, ends, strict=True) for i in (end - out, end)]
+        keys = [[stream_key(5, f"m{m}", run) for run in range(self.runs)] for m in range(count)]
+        streams = torch.randint(2**45, (n,), device=device) if self.dropout else None
+        factors = [a, b, [1.0] * (count * self.runs), rows, self.draw.runs(n, self.runs), self.dropout, streams]
+        x = self.draw.rows(n, self.columns, t, border)
+        return x, weight, [*factors, torch.tensor(keys) if self.dropout else None], border
+
+    def forward(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the forward pass."""
+        x, weight, rest, border = self._common(t, n)
+        return x, weight, None, *rest, border, border, 0
+
+    def backward(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the backward pass."""
+        x, weight, rest, border = self._common(t, n)
+        u = self.draw.rows(n, self.draw.sizes.rank * len(self.outs), t)
+        return self.draw.rows(n, sum(self.outs), t, border), x, u, weight, *rest, border, True
+
+
+def attentions(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Attention over packs of several kinds, forward and backward."""
+    config, draw = sizes.config(), Draw(sizes, device)
+    heads, kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def forward(t: torch.dtype, n: int, kind: str, window: int) -> tuple[Any, ...]:
+        segments, chain = draw.layout(n, kind)
+        rows = int(segments[:, 1].sum())
+        qkv = draw.rows(rows, (heads + 2 * kv) * d, t).unflatten(1, (heads + 2 * kv, d))
+        q, k, v = qkv.split([heads, kv, kv], dim=1)
+        return q, k, v, None, None, segments, chain, d**-0.5, window, 0.0, 64
+
+    def backward(t: torch.dtype, n: int, kind: str, window: int) -> tuple[Any, ...]:
+        from peftdyno.kernels.attention import FORWARD
+
+        arguments = forward(t, n, kind, window)
+        out, lse = FORWARD(*arguments)
+        dout = draw.rows(out.shape[0], out.shape[1], t)
+        return dout, *arguments[:5], out, lse, *arguments[5:]
+
+    for kind, window in (("equal", 0), ("ragged", 0), ("shared prefix", 0), ("equal", max(4, sizes.length // 8))):
+        label = f"{kind}{f', window {window}' if window else ''}"
+        against = "sdpa" if kind == "equal" and not window else ""
+        fixed = {"kind": kind, "window": window}
+        yield Case("attention", label, lambda t, n, o=fixed: forward(t, n, **o), against=against)
+        yield Case("attention_backward", label, lambda t, n, o=fixed: backward(t, n, **o), against=against)
+
+
+def quantised(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """4-bit weights."""
+    config = sizes.config()
+
+    def make(t: torch.dtype, _: int) -> tuple[Any, ...]:
+        rows, columns = 2 * config.intermediate_size, config.hidden_size
+        codes = torch.randint(256, (rows * columns // 2,), dtype=torch.uint8, device=device)
+        return codes, torch.rand(rows * columns // 64, device=device), rows, columns, t
+
+    yield Case("nf4_dequantise", "gate_up", make, against="eager")
+
+
+def all_cases(sizes: Sizes, device: torch.device) -> list[Case]:
+    """Every case."""
+    sources = (pointwise, losses, products, attentions, quantised)
+    return [case for source in sources for case in source(sizes, device)]

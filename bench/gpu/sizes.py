@@ -1,0 +1,79 @@
+"""Sizes of what is measured: the shape of Llama 3 8B at 8192 tokens, and a tiny one that runs in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftdyno.engine.builtin_configs import LLAMA_3_8B
+from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.families import config_from_hf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A decoder's config in transformers' names, and what a step is made of."""
+
+    fields: Mapping[str, Any]
+    sequences: int
+    length: int
+    rank: int
+    runs: int
+    labels_checked: int
+    """Labels of a check against float64; the microbenchmark takes all tokens."""
+    prompts: tuple[int, int, int]
+    """Classification: sequences of a batch, shared tokens, own tokens."""
+    new_tokens: int
+    layers_of_hf: int
+    """Layers of the model built by transformers for comparison."""
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.sequences * self.length
+
+    def config(self, layers: int | None = None) -> DecoderConfig:
+        """The decoder, with fewer layers where asked."""
+        fields = dict(self.fields)
+        if layers is not None:
+            fields["num_hidden_layers"] = layers
+        return config_from_hf(fields)
+
+
+FULL = Sizes(
+    fields=LLAMA_3_8B,
+    sequences=2,
+    length=4096,
+    rank=16,
+    runs=8,
+    labels_checked=512,
+    prompts=(64, 400, 100),
+    new_tokens=128,
+    layers_of_hf=32,
+)
+TINY = Sizes(
+    fields={
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    sequences=2,
+    length=20,
+    rank=4,
+    runs=2,
+    labels_checked=9,
+    prompts=(2, 6, 4),
+    new_tokens=2,
+    layers_of_hf=1,
+)

@@ -1,0 +1,171 @@
+"""Sections `step` and `memory`: whole training steps with random weights, on the clock and in memory."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftdyno.bench.gpu.micro import measured_ceilings
+from peftdyno.bench.gpu.results import Section
+from peftdyno.bench.gpu.sizes import Sizes
+from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.predict import Job, Untuned, run_step, training_step
+from peftdyno.engine.accounting.scope import Scope
+from peftdyno.engine.adapters import METHODS
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.adapters.method import MODULES, Method
+from peftdyno.engine.border import lay_borders
+from peftdyno.engine.decoder import Decoder
+from peftdyno.engine.optim import AdamW
+from peftdyno.engine.pack import Pack, build_pack
+from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.weights import random_weights
+
+STEPS, WARM_UP = 6, 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row: the method of each run, and whether products are bordered."""
+
+    name: str
+    methods: tuple[Method, ...]
+    bordered: bool = False
+
+
+def settings(sizes: Sizes) -> list[Setting]:
+    """LoRA in both forms and together with others, and the methods that should cost next to nothing."""
+    lora = METHODS["lora"](rank=sizes.rank, target_modules=tuple(MODULES), dropout=0.05)  # type: ignore[call-arg]
+    plain = METHODS["lora"](rank=sizes.rank, target_modules=tuple(MODULES), dropout=0.0)  # type: ignore[call-arg]
+    return [
+        Setting("lora r16, dropout, bordered", (lora,), True),
+        Setting("lora r16, dropout, plain", (lora,)),
+        Setting("lora r16, no dropout, bordered", (plain,), True),
+        Setting(f"lora r16, dropout, {sizes.runs} runs", (lora,) * sizes.runs, True),
+        *(Setting(name, (METHODS[name](),)) for name in ("ia3", "ln_tuning", "bitfit") if name in METHODS),
+    ]
+
+
+def pack_of(sizes: Sizes, runs: int, vocabulary: int) -> Pack:
+    """Random tokens, all but the first labels, divided between the runs; every run has at least one sequence."""
+    generator = torch.Generator().manual_seed(0)
+    count = max(sizes.sequences, runs)
+    length = sizes.tokens // count
+    tokens = torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
+    sequences = [
+        PackSequence(tokens=tuple(row), num_prompt=1, run=i % runs, ordinal=i, weight=1.0 / length)
+        for i, row in enumerate(tokens)
+    ]
+    return build_pack(sequences, num_runs=runs)
+
+
+def model(
+    sizes: Sizes, methods: Sequence[Method], device: torch.device, *, bordered: bool
+) -> tuple[Decoder, AdapterBank]:
+    """Random bf16 weights (fp32 where there is no GPU) and a bank."""
+    config = sizes.config()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    weights = random_weights(config, dtype, device=device)
+    bank = AdapterBank.create(config, list(methods), list(range(len(methods))), weights)
+    if bordered:
+        lay_borders(weights, bank)
+    return Decoder(config, weights), bank
+
+
+def times(call: Callable[[], Any], device: torch.device, count: int = STEPS) -> float:
+    """Median seconds of a call that ends with the device idle."""
+    seconds = []
+    for _ in range(count):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds[WARM_UP:] if count > WARM_UP else seconds)[(count - min(WARM_UP, count - 1)) // 2]
+
+
+def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
+    """Tokens a second, share of the matmul ceiling by counted FLOPs, and peak memory, a row a setting."""
+    top = measured_ceilings(section, device, tiny=tiny)
+    for setting in settings(sizes):
+        if section.wants(setting.name):
+            row = _step(setting, sizes, device, tiny=tiny)
+            row["of_matmul_ceiling"] = row["flops"] / row["seconds"] / top.flops_per_second
+            section.add(setting.name, **row)
+            release(device)
+    for name, liger in (("HF + PEFT", False), ("HF + PEFT + Liger", True)):
+        if section.wants(name) and (not liger or importlib.util.find_spec("liger_kernel")):
+            section.add(name, **_hugging_face(sizes, device, liger=liger))
+            release(device)
+
+
+def release(device: torch.device) -> None:
+    """Give memory back before the next model."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -> dict[str, Any]:
+    decoder, bank = model(sizes, setting.methods, device, bordered=setting.bordered)
+    pack = pack_of(sizes, len(setting.methods), decoder.config.vocab_size)
+    optimizer, ledger = AdamW.create(bank), Ledger(Scope())
+    seconds = times(lambda: run_step(decoder, bank, optimizer, [pack], ledger, 1), device, 2 if tiny else STEPS)
+    job = Job(config=decoder.config, methods=setting.methods, dtype=decoder.dtype, device=device.type)
+    flops = training_step(job, [pack]).total().flops
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {"seconds": seconds, "tokens_per_second": pack.num_tokens / seconds, "flops": flops, "peak_bytes": peak}
+
+
+def frozen_step(sizes: Sizes, device: torch.device) -> float:
+    """Seconds of the frozen model's forward and input gradient: what a method's step is compared with."""
+    decoder, bank = model(sizes, [Untuned()], device, bordered=False)
+    pack = pack_of(sizes, 1, decoder.config.vocab_size).to(device)
+    decoder.weights.embed.requires_grad_()
+
+    def call() -> None:
+        bank.begin(1, training=True)
+        losses = decoder.losses(pack, bank)
+        hidden = decoder.weights.embed
+        torch.autograd.grad(losses.sum(), hidden)
+
+    return times(call, device)
+
+
+def _hugging_face(sizes: Sizes, device: torch.device, *, liger: bool) -> dict[str, Any]:
+    """The same step by transformers and PEFT: SDPA attention, AdamW, random weights of the same shape."""
+    import peft
+    import transformers
+
+    config = transformers.LlamaConfig(**(dict(sizes.fields) | {"num_hidden_layers": sizes.layers_of_hf}))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    with torch.device(device):
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    targets = list(MODULES)
+    lora = peft.LoraConfig(r=sizes.rank, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
+    tuned = peft.get_peft_model(base, lora)
+    tuned.train()
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=device.type == "cuda")
+    tokens = torch.randint(3, config.vocab_size, (sizes.sequences, sizes.length), device=device)
+
+    def call() -> None:
+        tuned(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = times(call, device, STEPS if device.type == "cuda" else 2)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {"seconds": seconds, "tokens_per_second": sizes.tokens / seconds, "peak_bytes": peak}
