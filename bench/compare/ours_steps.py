@@ -1,0 +1,111 @@
+"""Our side of a training step: fixed batches, the parts of the training loop without its log and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftdyno.bench.compare.handover import hand_over
+from peftdyno.bench.compare.memory import resident_peak, storage_bytes, traced_peak
+from peftdyno.bench.compare.rows import TokenRow
+from peftdyno.bench.compare.turns import timed
+from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.adapters import method_class
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.decoder import Decoder
+from peftdyno.engine.families import Family
+from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_norms
+from peftdyno.engine.pack import Pack, build_pack
+from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.sources import DTYPES, load_model
+from peftdyno.engine.train import forward_backward
+
+
+@cache
+def base(model: str) -> tuple[Decoder, Family]:
+    """The frozen model in bf16, loaded once a process."""
+    config, weights, _, files = load_model(model, DTYPES["bf16"])
+    return Decoder(config, weights), files.family
+
+
+def new_bank(decoder: Decoder, method: str, options: Mapping[str, Any], seeds: Sequence[int]) -> AdapterBank:
+    """A bank at its start. Options come as JSON: lists are tuples."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return AdapterBank.create(decoder.config, [method_class(method)(**given)] * len(seeds), seeds, decoder.weights)
+
+
+@dataclass
+class OurSteps:
+    """Steps of AdamW with clipping at a constant rate over fixed batches, one after another and round again."""
+
+    model: str
+    method: str
+    options: dict[str, Any]
+    batches: list[list[dict[str, Any]]]
+    learning_rate: float
+    share_prefix: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        self.decoder, self.family = base(self.model)
+        self.bank = new_bank(self.decoder, self.method, self.options, [self.seed])
+        self.optimizer = AdamW.create(self.bank)
+        cls = method_class(self.method)
+        self.optim = OptimConfig(learning_rate=self.learning_rate, weight_decay=cls.weight_decay)
+        self.packs = [self._pack(batch) for batch in self.batches]
+        self.ledger = Ledger(self.decoder.scope, on=False)
+        self.step = 0
+
+    def _pack(self, batch: Sequence[Mapping[str, Any]]) -> Pack:
+        rows = [TokenRow.read(row) for row in batch]
+        total = sum(row.num_labels for row in rows)
+        sequences = [
+            PackSequence(tokens=row.tokens, num_prompt=row.num_prompt, ordinal=i, weight=1 / total)
+            for i, row in enumerate(rows)
+        ]
+        return build_pack(sequences, share_prefix=self.share_prefix, root=self.bank.root)
+
+    def save(self, folder: str) -> None:
+        """Hand the adapter over in PEFT's form."""
+        hand_over(self.bank, 0, Path(folder), self.family)
+
+    def trajectory(self, steps: int) -> dict[str, list[float]]:
+        """Losses and gradient norms of the next steps."""
+        found = [self.take_step() for _ in range(steps)]
+        return {"losses": [loss for loss, _ in found], "norms": [norm for _, norm in found]}
+
+    def measure(self, steps: int) -> dict[str, float]:
+        """Seconds of some steps."""
+        return timed(lambda: self._run(steps))
+
+    def measure_memory(self) -> dict[str, float]:
+        """One step's time and the largest resident set while it ran."""
+        return resident_peak(self.take_step)
+
+    def allocated_peak(self) -> dict[str, int] | None:
+        """Bytes that PyTorch's allocator held at most during a step; None where nothing records it."""
+        traced = traced_peak(self.take_step)
+        state = [self.bank.flat, self.bank.gradient, self.optimizer.first, self.optimizer.second]
+        held = storage_bytes([*self.decoder.weights.tensors(), *state])
+        return None if traced is None else {"held": held, "step": traced}
+
+    def _run(self, steps: int) -> int:
+        for _ in range(steps):
+            self.take_step()
+        return steps
+
+    def take_step(self) -> tuple[float, float]:
+        """Forward, backward, clip, update: the loss and the gradient's norm."""
+        pack = self.packs[self.step % len(self.packs)]
+        losses, _ = forward_backward(self.decoder, self.bank, [pack], self.step, self.ledger)
+        norms = gradient_norms(self.bank)
+        clips = clip_factors(norms, [self.optim])
+        self.optimizer.step(self.bank, [self.optim], [self.learning_rate], clips, [True])
+        self.step += 1
+        return losses[0], norms[0]

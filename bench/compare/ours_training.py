@@ -1,0 +1,82 @@
+"""Our side of a whole training: the loop as the command runs it, for one seed or several together."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peftdyno.bench.compare.handover import hand_over
+from peftdyno.bench.compare.ours_steps import base, new_bank
+from peftdyno.bench.compare.rows import TokenRow
+from peftdyno.engine.batching import Example
+from peftdyno.engine.optim import OptimConfig
+from peftdyno.engine.train import RunData, TrainConfig, train
+
+
+@dataclass
+class OurTraining:
+    """Trains a run a seed, together, each on all rows in its seed's order. Neither validates nor saves."""
+
+    model: str
+    method: str
+    options: dict[str, Any]
+    rows: list[dict[str, Any]]
+    seeds: list[int]
+    batch: int
+    steps: int
+    optim: dict[str, Any]
+    share_prefix: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        self.decoder, self.family = base(self.model)
+        tokens = [TokenRow.read(row) for row in self.rows]
+        examples = [Example(tokens=row.tokens, num_prompt=row.num_prompt) for row in tokens]
+        optim = OptimConfig(**self.optim)
+        self.data = [
+            RunData(train=examples, validation=(), optim=optim, steps=self.steps, batch=self.batch) for _ in self.seeds
+        ]
+        self._start()
+
+    def _start(self) -> None:
+        self.bank = new_bank(self.decoder, self.method, self.options, self.seeds)
+
+    def save(self, folders: list[str]) -> None:
+        """Hand each run's adapter over in PEFT's form."""
+        for run, folder in enumerate(folders):
+            hand_over(self.bank, run, Path(folder), self.family)
+
+    def measure(self) -> dict[str, float]:
+        """Seconds from the end of the first step, which is not counted, to the end of the last; units are runs'
+        examples."""
+        self._start()
+        ends = self._train()[0]
+        return {"seconds": ends[-1] - ends[0], "units": float((len(ends) - 1) * self.batch * len(self.seeds))}
+
+    def trajectory(self) -> dict[str, list[float]]:
+        """Losses and gradient norms of the first run's steps."""
+        self._start()
+        records = self._train()[1]
+        return {"losses": [r["loss"][0] for r in records], "norms": [r["grad_norm"][0] for r in records]}
+
+    def finish(self) -> float:
+        """Train to the end, in seconds; `save` then hands the trained adapters over."""
+        start = time.perf_counter()
+        self._start()
+        self._train()
+        return time.perf_counter() - start
+
+    def _train(self) -> tuple[list[float], list[dict[str, Any]]]:
+        """Clock at the end of each step, and the lines of the log."""
+        ends: list[float] = []
+        config = TrainConfig(share_prefix=self.share_prefix, evaluate_every=0, save_every=0)
+        with tempfile.TemporaryDirectory(prefix="peftdyno-") as folder:
+            train(
+                self.decoder, self.bank, self.data, config, Path(folder),
+                progress=lambda *_: ends.append(time.perf_counter()),
+            )  # fmt: skip
+            lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        return ends, [json.loads(line) for line in lines]

@@ -1,0 +1,95 @@
+"""Both sides of a section: their worker processes, the settings they share, and where they hand things over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, check_steps
+from peftdyno.bench.compare.link import Worker, thread_environment
+from peftdyno.bench.compare.rows import TaskRows
+
+Tell = Callable[[str], None]
+CHECK_STEPS = 4
+CHECK_RATE = 2e-4
+"""Learning rate of the compared steps: the losses move, and bf16's first steps of AdamW stay close to fp32's."""
+
+
+def tell(text: str) -> None:
+    """Progress goes to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is measured: rounds kept of each comparison, and steps a turn (None: each section's own)."""
+
+    repeats: int = 5
+    steps: int | None = None
+    compile_seconds: float = 150.0
+    """Time in which torch.compile must have finished its first step."""
+
+    def steps_or(self, default: int) -> int:
+        """Steps of a turn."""
+        return default if self.steps is None else self.steps
+
+
+@dataclass
+class Sides:
+    """What a section works with. `model` is a folder that both sides read; `scratch` holds adapters."""
+
+    model: str
+    classification: TaskRows
+    reasoning: TaskRows
+    plan: Plan
+    scratch: Path
+    threads: int
+    tell: Tell = tell
+    ours: Worker = field(init=False)
+    reference: Worker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.environment = thread_environment(self.threads)
+        self.ours, self.reference = self._pair()
+
+    def _pair(self) -> tuple[Worker, Worker]:
+        return Worker("ours", self.environment), Worker("reference", self.environment)
+
+    def close(self) -> None:
+        """End both processes."""
+        self.ours.close()
+        self.reference.close()
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Processes that have done nothing yet, for what follows; they end with it."""
+        kept = self.ours, self.reference
+        self.ours, self.reference = self._pair()
+        try:
+            yield
+        finally:
+            self.close()
+            self.ours, self.reference = kept
+
+    def folder(self, name: str) -> str:
+        """A place for an adapter."""
+        return str(self.scratch / name)
+
+    def check_plain(self, method: str, options: dict[str, Any], batches: list[Any], name: str) -> dict[str, Any]:
+        """Compare steps without dropout by our step and the plain loop; UnequalWork where they differ."""
+        self.tell(f"  {name}: comparing {CHECK_STEPS} steps")
+        settings = {"model": self.model, "batches": batches, "learning_rate": CHECK_RATE}
+        self.ours.open("ours.steps", **settings, method=method, options=options)
+        folder = self.folder(f"check-{name}")
+        self.ours.call("save", folder=folder)
+        ours = Trajectory(**self.ours.call("trajectory", steps=CHECK_STEPS))
+        found, labels = {}, {}
+        for dtype in ("bf16", "fp32"):
+            self.reference.open("plain.steps", **settings, adapter=folder, dtype=dtype)
+            labels[dtype] = self.reference.call("label_losses")
+            found[dtype] = Trajectory(**self.reference.call("trajectory", steps=CHECK_STEPS))
+        return check_steps(ours, found["bf16"], found["fp32"], LabelNoise(labels["bf16"], labels["fp32"]))
