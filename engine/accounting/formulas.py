@@ -100,7 +100,10 @@ VIEWS = (
 )
 ALLOCATIONS = "empty empty_like empty_strided new_empty new_empty_strided"
 FILLS = "arange fill_ full full_like new_full new_ones new_zeros ones ones_like scalar_tensor zero_ zeros zeros_like"
-COPIES = "_to_copy cat clone constant_pad_nd copy_ flip repeat repeat_interleave select_backward slice_backward stack tril triu"
+COPIES = (
+    "_to_copy cat clone constant_pad_nd copy_ flip repeat repeat_interleave select_backward slice_backward stack tril"
+    " triu"
+)
 POINTWISE = {
     0: "lt le gt ge eq ne logical_and logical_not logical_or bitwise_and bitwise_or bitwise_xor bitwise_not"
     " __lshift__ __rshift__ __and__ __or__ __xor__ masked_fill masked_fill_ where isfinite searchsorted",

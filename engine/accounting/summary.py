@@ -13,7 +13,6 @@ from peftdyno.engine.accounting.predict import Job, training_step
 from peftdyno.engine.accounting.scope import Phase
 from peftdyno.engine.accounting.tally import Tally, nested
 
-
 CONVENTIONS = {
     "attention": "causal: the pairs that are attended, exactly",
     "multiply_add": "2 FLOPs",
