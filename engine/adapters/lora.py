@@ -30,6 +30,7 @@ from peftdyno.engine.adapters.method import (
 )
 from peftdyno.engine.adapters.targets import (
     Place,
+    check_pattern,
     check_targets,
     chosen_places,
     linear_places,
@@ -90,6 +91,8 @@ class LoRA(Method):
             check_targets(f"lora.{name}", getattr(self, name), MODULES)
         if min(self.rank, *self.rank_pattern.values(), math.inf) < 1:
             raise UserError(f"lora.rank {self.rank}, rank_pattern {dict(self.rank_pattern)}: must be at least 1")
+        if not all(0 < alpha < math.inf for alpha in (self.alpha, *self.alpha_pattern.values())):
+            raise UserError(f"lora.alpha {self.alpha}, alpha_pattern {dict(self.alpha_pattern)}: must be positive")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout {self.dropout} must be in [0, 1)")
         if self.init not in STARTS:
@@ -107,7 +110,10 @@ class LoRA(Method):
 
     def places(self, config: DecoderConfig) -> tuple[Place, ...]:
         """The adapted projections."""
-        return chosen_places(linear_places(config), self.target_modules, self.layers_to_transform)
+        places = chosen_places(linear_places(config), self.target_modules, self.layers_to_transform)
+        check_pattern("lora.rank_pattern", self.rank_pattern, places)
+        check_pattern("lora.alpha_pattern", self.alpha_pattern, places)
+        return places
 
     def biased(self, config: DecoderConfig) -> tuple[Place, ...]:
         """The projections whose base bias is trained."""
@@ -232,7 +238,12 @@ class LoRA(Method):
         return LinearEdits(low_rank=low_rank, scales=scales, shifts=shifts, dropout=dropout, keys=keys)
 
     def spare(self, bank: AdapterBank, layer: int, site: str) -> int:
-        return sum(_factors(bank, place)[0].shape[1] for place in self.at(bank, layer, site)) * bank.num_runs
+        ranks = 0
+        for name in map(place_name, self.at(bank, layer, site)):
+            ranks += bank.parameters[f"{name}.A"].shape[1]
+            if f"{name}.start" in bank.buffers:
+                ranks += bank.buffers[f"{name}.start"][0].shape[1]
+        return ranks * bank.num_runs
 
     def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
         config, values = bank.config, bank.run_tensors(run)

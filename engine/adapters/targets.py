@@ -67,8 +67,18 @@ def chosen_places(
         if (place[1] in targets or place_name(place) in targets) and (layers is None or place[0] in layers)
     )
     if not found:
-        raise UserError(f"targets {', '.join(targets)} name no module of this model")
+        raise UserError(f"targets {', '.join(targets) or '(none)'} name no module of this model")
     return found
+
+
+def check_pattern(field: str, pattern: Mapping[str, Any], places: Sequence[Place]) -> None:
+    """UserError for an entry that would act on none of the places."""
+    names = {name for place in places for name in (place[1], place_name(place))}
+    for name in pattern:
+        if name not in names:
+            raise UserError(
+                f"{field} entry '{name}' is none of the adapted modules; add it to the targets or remove it"
+            )
 
 
 def pattern_value(pattern: Mapping[str, Any], place: Place, default: Any) -> Any:

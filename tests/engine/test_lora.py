@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.lora import LoRA
 from peftdyno.engine.adapters.low_rank import principal_factors, row_norms
+from peftdyno.engine.adapters.method import MODULES
 from peftdyno.engine.builtin_configs import builtin_config
 from peftdyno.engine.errors import UserError
 
 from .banks import TinyModel, backward, pack_of, random_sequences, relative, shake, tiny_model, train_steps
-from .peft_adapters import logits_of, peft_gradients, peft_logits, saved
+from .peft_adapters import check_gradients, logits_of, peft_gradients, peft_logits, saved
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -110,6 +111,27 @@ def test_gradients_equal_peft(form: str, variant: str, request: pytest.FixtureRe
         found = bank.parameters[name].grad[0]
         grad = gradients[names[name] + (".weight" if name.endswith(".magnitude") else "")]
         assert relative(found, grad[tuple(slice(n) for n in shape)]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "mistral", "qwen2-window", "qwen3", "gemma3-softcap"])
+def test_gradients_equal_peft_in_every_family(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(variant, tmp_path)
+    method = lora("plain", target_modules=MODULES)
+    check_gradients(
+        model, shake(model.bank(method)), method.peft_names(model.config, model.family), tmp_path / "adapter"
+    )
+
+
+def test_bordered_products_have_room_for_every_factor(biased: TinyModel) -> None:
+    """A PiSSA start doubles the rank that acts."""
+    for form, ranks in (("plain", 4), ("pissa", 8)):
+        bank = biased.bank(lora(form), (0, 1))
+        bank.bordered = True
+        bank.begin(0, training=True)
+        edits = bank.linear(1, "qkv")
+        assert edits is not None
+        assert bank.spare(1, "qkv") == 2 * sum(term.a.shape[1] for term in edits.low_rank) == 2 * 2 * ranks
+        assert bank.spare(1, "o") == 0
 
 
 MIXED = (
@@ -207,6 +229,9 @@ def test_row_norms_and_principal_factors(out: int, columns: int, rank: int, runs
         ({"rank_pattern": {"layers.1.k": 2}}, r"lora\.rank_pattern entry 'layers\.1\.k'"),
         ({"rank": 0}, r"lora\.rank 0"),
         ({"rank_pattern": {"k_proj": 0}}, r"rank_pattern \{'k_proj': 0\}"),
+        ({"alpha": 0.0}, r"lora\.alpha 0\.0.*must be positive"),
+        ({"alpha_pattern": {"k_proj": -1.0}}, r"alpha_pattern \{'k_proj': -1\.0\}: must be positive"),
+        ({"alpha_pattern": {"k_proj": float("nan")}}, r"must be positive"),
         ({"dropout": 1.0}, r"lora\.dropout 1\.0 must be in \[0, 1\)"),
         ({"init": "pizza"}, r"lora\.init 'pizza'; did you mean pissa"),
         ({"bias": "some"}, r"lora\.bias 'some'"),
@@ -223,6 +248,8 @@ def test_bad_settings_are_named(setting: dict[str, Any], message: str) -> None:
     ("setting", "message"),
     [
         ({"target_modules": ("layers.9.q_proj",)}, r"target 'layers\.9\.q_proj' names no module"),
+        ({"target_modules": ()}, r"targets \(none\) name no module"),
+        ({"rank_pattern": {"o_proj": 2}}, r"lora\.rank_pattern entry 'o_proj' is none of the adapted modules"),
         ({"layers_to_transform": (0, 3)}, r"layers_to_transform has 3; the model's layers are 0 to 2"),
         ({"init": "pissa", "rank": 40}, r"lora\.rank 40 .*k_proj"),
     ],

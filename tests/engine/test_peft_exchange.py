@@ -311,6 +311,18 @@ def test_auto_mapping_is_ignored(llama: TinyModel, sound: Path, tmp_path: Path) 
     assert load_adapter(tmp_path, llama.config, llama.family)[0].name == "lora"
 
 
+def test_the_text_part_of_a_model_that_reads_images_is_the_same(models: Models, tmp_path: Path) -> None:
+    """Its adapters put `language_model` into every name."""
+    model = models("gemma3")
+    bank = ours(model, "lora")
+    folder = saved(model, bank, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    tensors = {name.replace("model.layers", "model.language_model.layers"): t for name, t in load_file(path).items()}
+    assert all("language_model" in name for name in tensors)
+    save_file(tensors, path)
+    assert torch.equal(loaded(model, folder).flat, bank.flat)
+
+
 @st.composite
 def loras(draw: st.DrawFn) -> LoRA:
     """Any targets, patterns and options for a model of three layers."""
