@@ -32,8 +32,9 @@ class KVCache:
 
     def advance(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """The next rows are one token of each of `sequences`, which have generated `lengths` tokens before."""
-        table, chain = [], []
-        write = []
+        table: list[tuple[int, ...]] = []
+        chain: list[tuple[int, int, int]] = []
+        write: list[int] = []
         for row, (i, length) in enumerate(zip(sequences, lengths, strict=True)):
             first, start = len(chain), self.num_prompt_rows + i * self.room
             chain += self._paths[i]

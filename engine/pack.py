@@ -250,7 +250,8 @@ def key_range(segment: Segment, num_rows: int) -> tuple[int, int, int]:
 def attention_layout(segments: SequenceOf[Segment]) -> AttentionLayout:
     """The kernel's tables of a forest of segments."""
     num_rows = sum(s.length for s in segments)
-    table, chain = [], []
+    table: list[tuple[int, ...]] = []
+    chain: list[tuple[int, int, int]] = []
     for i, segment in enumerate(segments):
         if segment.length == 0:
             continue

@@ -181,7 +181,7 @@ def forward_backward(
         with ledger.phase("forward"):
             losses = decoder.losses(pack, bank) * pack.labels.weight
         with ledger.phase("backward"):
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
             totals += run_sums(losses.detach(), pack)
         num_tokens += pack.num_tokens
     with ledger.phase("backward", owner="adapter", layer=-1):

@@ -7,6 +7,7 @@ scale, shift: [R, C] in fp32; y_before: [N, C].
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def reference_column_sums(
     products = dy[:, column : column + width].float()
     if before is not None:
         products = products * before.float()
-    pieces = [products[a:b].sum(0) for a, b in zip(run_offsets, run_offsets[1:], strict=False)]
+    pieces = [products[a:b].sum(0) for a, b in itertools.pairwise(run_offsets)]
     return torch.stack(pieces)
 
 
@@ -46,9 +47,7 @@ def _elements(y: Tensor, values: Tensor, *_: Any) -> OwnedCost:
     return OwnedCost(adapter=Cost(pointwise=n, bytes=2 * n * y.element_size() + row_bytes(values)))
 
 
-def _sums_cost(
-    dy: Tensor, before: Tensor | None, column: int, width: int, run_offsets: Sequence[int]
-) -> OwnedCost:
+def _sums_cost(dy: Tensor, before: Tensor | None, column: int, width: int, run_offsets: Sequence[int]) -> OwnedCost:
     n = dy.shape[0] * width
     moved = n * dy.element_size() + row_bytes(before) + 4 * width * (len(run_offsets) - 1)
     return OwnedCost(adapter=Cost(pointwise=0 if before is None else n, reduction=n, bytes=moved))

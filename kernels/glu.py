@@ -6,6 +6,7 @@ y again from it:  dup = dy s f(g);  dgate = dy s u f'(g);  dscale_j = sum over t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ def activation_derivative(gate: Tensor, activation: str) -> Tensor:
         return s * (1 + gate * (1 - s))
     c, a = (2 / torch.pi) ** 0.5, 0.044715
     t = torch.tanh(c * (gate + a * gate**3))
-    return 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * c * (1 + 3 * a * gate * gate)
+    slope: Tensor = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * c * (1 + 3 * a * gate * gate)
+    return slope
 
 
 def reference_forward(
@@ -59,9 +61,9 @@ def reference_backward(
     dscale = grad.new_empty(0)
     if scale is not None:
         products = grad * value * up
-        dscale = torch.stack([products[a:b].sum(0) for a, b in zip(runs, runs[1:], strict=False)])
+        dscale = torch.stack([products[a:b].sum(0) for a, b in itertools.pairwise(runs)])
         grad = grad * rows_of_runs(scale, runs)
-    out = with_spare(*gate_up.shape, spare, gate_up)
+    out = with_spare(gate_up.shape[0], gate_up.shape[1], spare, gate_up)
     out.copy_(torch.cat([grad * up * activation_derivative(gate, activation), grad * value], dim=1))
     return out, dscale
 
@@ -78,9 +80,7 @@ def backward_cost(dy: Tensor, gate_up: Tensor, scale: Tensor | None, activation:
     n = dy.numel()
     pointwise = n * (ACTIVATION_FLOPS[activation] + _DERIVATIVE_FLOPS[activation] + 3)
     base = Cost(pointwise=pointwise, bytes=5 * n * dy.element_size())
-    return OwnedCost(
-        base, Cost() if scale is None else Cost(pointwise=3 * n, reduction=n, bytes=2 * row_bytes(scale))
-    )
+    return OwnedCost(base, Cost() if scale is None else Cost(pointwise=3 * n, reduction=n, bytes=2 * row_bytes(scale)))
 
 
 def _forward_shape(gate_up: Tensor, scale: Tensor | None, activation: str, runs: Any, spare: int) -> Tensor:
@@ -91,7 +91,7 @@ def _backward_shape(
     dy: Tensor, gate_up: Tensor, scale: Tensor | None, activation: str, runs: Any, spare: int
 ) -> tuple[Tensor, Tensor]:
     dscale = dy.new_empty(0 if scale is None else scale.shape, dtype=torch.float32)
-    return with_spare(*gate_up.shape, spare, gate_up), dscale
+    return with_spare(gate_up.shape[0], gate_up.shape[1], spare, gate_up), dscale
 
 
 FORWARD = primitive(

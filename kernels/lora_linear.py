@@ -9,6 +9,7 @@ u: [N, sum of r_m]. Dropout's mask is drawn again wherever it is needed from `ke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,9 +43,7 @@ def _blocks(
         columns = slice(column, column + factor.shape[1])
         for j in range(num_runs):
             tokens = slice(runs[j], runs[j + 1])
-            yield _Block(
-                m, j, tokens, slice(rows[2 * m], rows[2 * m + 1]), columns, scaling[m * num_runs + j]
-            )
+            yield _Block(m, j, tokens, slice(rows[2 * m], rows[2 * m + 1]), columns, scaling[m * num_runs + j])
         column = columns.stop
 
 
@@ -124,9 +123,7 @@ def _piece(streams: Tensor | None, block: _Block) -> Tensor | None:
     return None if streams is None else streams[block.tokens]
 
 
-def _forward_shape(
-    x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _forward_shape(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     columns = sum(factor.shape[1] for factor in a)
     return with_spare(x.shape[0], weight.shape[0], rest[-1], x), x.new_empty(x.shape[0], columns)
 
@@ -143,7 +140,7 @@ def _low_rank(
 ) -> Iterator[tuple[int, int, int, int]]:
     """(tokens, rank, in, out) of every module and run."""
     for down, up in zip(a, b, strict=True):
-        for first, last in zip(run_offsets, run_offsets[1:], strict=False):
+        for first, last in itertools.pairwise(run_offsets):
             yield last - first, down.shape[1], down.shape[2], up.shape[1]
 
 
@@ -178,9 +175,7 @@ def backward_cost(
         matrix += 2 * tokens * rank * (2 * tall + wide * (2 if need_x else 1))
         masked = (2 if need_x else 1) if dropout else 0
         pointwise += tokens * wide * (int(need_x) + 2 * masked)
-    return OwnedCost(
-        base, Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(x, u, *a, *b) + row_bytes(*a, *b))
-    )
+    return OwnedCost(base, Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(x, u, *a, *b) + row_bytes(*a, *b)))
 
 
 FORWARD = primitive(

@@ -7,6 +7,7 @@ x, residual, y, h: [N, D]; weight: [D] or [R, D], then rows run_offsets[j]:run_o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def reference_forward(
     h = x if residual is None else x + residual
     wide = h.float()
     rstd = (wide.square().mean(-1) + eps).rsqrt()
-    y = with_spare(*x.shape, spare, x)
+    y = with_spare(x.shape[0], x.shape[1], spare, x)
     y.copy_(wide * rstd[:, None] * _weights(weight, run_offsets, offset))
     return y, (x.new_empty(0) if residual is None else h), rstd
 
@@ -71,18 +72,16 @@ def _weight_gradient(products: Tensor, weight: Tensor, run_offsets: Sequence[int
         return products.new_empty(0)
     if weight.dim() == 1:
         return products.sum(0)
-    pieces = [products[a:b].sum(0) for a, b in zip(run_offsets, run_offsets[1:], strict=False)]
+    pieces = [products[a:b].sum(0) for a, b in itertools.pairwise(run_offsets)]
     return torch.stack(pieces)
 
 
 def _forward_shape(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     h = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    return with_spare(*x.shape, rest[-1], x), h, x.new_empty(x.shape[0], dtype=torch.float32)
+    return with_spare(x.shape[0], x.shape[1], rest[-1], x), h, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _backward_shape(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_shape(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dweight = weight.new_empty(weight.shape if rest[-1] else (0,), dtype=torch.float32)
     return h.new_empty(h.shape), dweight
 
@@ -112,9 +111,7 @@ def backward_cost(
         reduction=n,
         bytes=(3 + (dh is not None)) * row_bytes(h) + row_bytes(weight),
     )
-    return OwnedCost(
-        base=base, adapter=Cost(pointwise=n, reduction=n, bytes=4 * weight.numel()) if need else Cost()
-    )
+    return OwnedCost(base=base, adapter=Cost(pointwise=n, reduction=n, bytes=4 * weight.numel()) if need else Cost())
 
 
 FORWARD = primitive(
@@ -139,9 +136,7 @@ BACKWARD = primitive(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, options: tuple[Any, ...]
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, options: tuple[Any, ...]) -> Any:
         run_offsets, eps, offset, spare = options
         y, h, rstd = FORWARD(x, residual, weight, run_offsets, eps, offset, spare)
         ctx.save_for_backward(x if residual is None else h, weight, rstd)

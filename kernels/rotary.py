@@ -24,7 +24,7 @@ def angles(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tens
 
 def reference(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, inverse: bool) -> None:
     """Plain PyTorch, in place on the first `num_heads` heads of each row."""
-    n, half = cos.shape
+    half = cos.shape[1]
     heads = qkv[:, : num_heads * 2 * half].unflatten(1, (num_heads, 2 * half))
     x1, x2 = heads.float().split(half, dim=-1)
     c, s = cos[:, None], (-sin if inverse else sin)[:, None]

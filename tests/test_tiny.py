@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.train import TrainConfig, train

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.lora import LoRA
 from peftdyno.engine.batching import Example

@@ -84,11 +84,7 @@ def tiny_hf_model(variant: str, folder: Path, seed: int = 0) -> tuple[Any, Path]
     config = tiny_config(variant)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = (
-        getattr(transformers, VARIANTS[variant][0].removesuffix("Text") + "ForCausalLM")(config)
-        .float()
-        .eval()
-    )
+    model = getattr(transformers, VARIANTS[variant][0].removesuffix("Text") + "ForCausalLM")(config).float().eval()
     norm_mean = 0.0 if variant.startswith("gemma") else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
