@@ -45,16 +45,23 @@ class Scope:
             self._enter(*before)
 
     def _enter(self, phase: Phase, owner: Owner) -> None:
-        if self.recording and owner != self.owner:
-            self._starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
-            self._owners.append(owner)
+        changed = owner != self.owner
         self.phase, self.owner = phase, owner
+        if changed and self.recording:
+            self._note()
+
+    def _note(self) -> None:
+        """From here on the graph is the present owner's."""
+        self._starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+        self._owners.append(self.owner)
 
     def record(self, on: bool) -> None:
         """Start or stop noting owners of the graph; stopping forgets them."""
         self.recording = on
         self._starts.clear()
         self._owners.clear()
+        if on:
+            self._note()
 
     def running_owner(self) -> Owner:
         """Owner of the operation running now; inside a backward pass, that of the forward operation."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from peftdyno.engine.accounting.predict import Job
@@ -109,3 +111,13 @@ def pack_of(job: Job, found: list[Sequence], *, share_prefix: bool) -> Pack:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
+QUICK = settings(
+    max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
+EACH = pytest.mark.parametrize("method", VARIANTS, ids=label)
+
+
+@st.composite
+def jobs(draw: st.DrawFn, method: Method) -> Job:
+    runs = draw(st.integers(1, 2))
+    return Job(config=draw(configs()), methods=(method,) * runs, dtype=draw(st.sampled_from(DTYPES)))

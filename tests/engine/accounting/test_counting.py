@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peftdyno.engine.accounting.counting import Counter, UnknownOperator
 from peftdyno.engine.accounting.ledger import Ledger
-from peftdyno.engine.accounting.predict import Job, forward_pass, generation, run_step, training_step
+from peftdyno.engine.accounting.predict import forward_pass, generation, run_step, training_step
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.generate import generate
 from peftdyno.engine.optim import AdamW
 
-from .small_jobs import DTYPES, VARIANTS, configs, label, pack_of, real_model, sequences
-
-QUICK = settings(
-    max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
-EACH = pytest.mark.parametrize("method", VARIANTS, ids=label)
-
-
-@st.composite
-def jobs(draw: st.DrawFn, method: Method) -> Job:
-    runs = draw(st.integers(1, 2))
-    return Job(config=draw(configs()), methods=(method,) * runs, dtype=draw(st.sampled_from(DTYPES)))
+from .small_jobs import EACH, QUICK, jobs, pack_of, real_model, sequences
 
 
 @EACH

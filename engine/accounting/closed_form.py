@@ -1,0 +1,159 @@
+"""Matrix FLOPs of a step, a forward pass or a generation summed over layers and products, from sizes alone.
+
+A second way to the same integers as `predict`, which shares no code with the decoder, the kernels or the methods'
+hooks: it knows only the config, the methods' settings and the segments of the packs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from peftdyno.engine.accounting.attended import square_pairs, visible_pairs
+from peftdyno.engine.accounting.method_products import Products, products_of
+from peftdyno.engine.accounting.pack_shape import PackShape
+from peftdyno.engine.accounting.scope import Owner, Phase
+from peftdyno.engine.adapters.method import Method
+from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.pack import Segment
+
+Sums = dict[tuple[Phase, Owner, int], tuple[int, int]]
+"""(phase, owner, layer) -> matrix FLOPs with causal attention, and with full-square attention."""
+
+
+@dataclass
+class _Walk:
+    """A walk over the layers that adds up products; `train` adds those of the backward pass."""
+
+    config: DecoderConfig
+    products: Products
+    phase: Phase
+    train: bool
+    sums: defaultdict[tuple[Phase, Owner, int], tuple[int, int]] = field(
+        default_factory=lambda: defaultdict(lambda: (0, 0))
+    )
+    live: bool = False
+    """Whether what flows here depends on something trained, so that its gradient is needed."""
+
+    def add(self, owner: Owner, layer: int, forward: int, backward: int, square: tuple[int, int] | None = None) -> None:
+        """FLOPs of one operation; `square` are those of the full-square convention where they differ."""
+        full = square or (forward, backward)
+        self._put(self.phase, owner, layer, forward, full[0])
+        if self.train:
+            self._put("backward", owner, layer, backward, full[1])
+
+    def _put(self, phase: Phase, owner: Owner, layer: int, causal: int, full: int) -> None:
+        before = self.sums[phase, owner, layer]
+        self.sums[phase, owner, layer] = before[0] + causal, before[1] + full
+
+    def linear(self, site: str, layer: int, rows: int) -> None:
+        """A fused product of the base with what the method adds to it."""
+        base = sum(2 * rows * out * width for out, width in map(self.config.linear_shape, SITES[site]))
+        if self.products.replaces_base:
+            self.add("adapter", layer, base, base * (1 + self.live))
+        else:
+            self.add("base", layer, base, base * self.live)
+        self.added(site, layer, rows)
+
+    def added(self, site: str, layer: int, rows: int) -> None:
+        """What the method computes at a site, which is trained from there on."""
+        for product in self.products.at(layer, site):
+            backward = product.backward + product.entering * self.live
+            self.add("adapter", layer, 2 * rows * product.forward, 2 * rows * backward)
+        self.live |= self.products.trains(layer, site)
+
+    def attention(self, layer: int, segments: Sequence[Segment]) -> None:
+        """Scores and mixing: two products forward, five backward."""
+        width = 2 * self.config.query_size
+        pairs = visible_pairs(segments, self.config.window(layer)), square_pairs(segments)
+        self.live |= self.products.trains(layer, "keys")
+        causal, full = ((2 * width * p, 5 * width * p * self.live) for p in pairs)
+        self.add("base", layer, *causal, square=full)
+
+    def layer(self, layer: int, segments: Sequence[Segment], rows: int, last_rows: int) -> None:
+        """One block; `last_rows` leave its attention."""
+        self.live |= self.products.trains(layer, "input_norm")
+        self.linear("qkv", layer, rows)
+        self.live |= self.products.trains(layer, "head_norm")
+        self.attention(layer, segments)
+        self.linear("o", layer, last_rows)
+        self.added("attention", layer, last_rows)
+        self.live |= self.products.trains(layer, "mlp_norm")
+        self.linear("gate_up", layer, last_rows)
+        self.live |= self.products.trains(layer, "glu")
+        self.linear("down", layer, last_rows)
+        self.added("mlp", layer, last_rows)
+
+    def head(self, rows: int, loss: bool) -> None:
+        """Logits; the loss's operator forms the gradient of a frozen head while the logits are there."""
+        layer = self.config.num_hidden_layers
+        once = 2 * rows * self.config.vocab_size * self.config.hidden_size
+        if self.products.replaces_base:
+            self.add("adapter", layer, once, 2 * once)
+        else:
+            self.live |= self.products.trains(-1, "final_norm")
+            self.add("base", layer, once * (1 + (loss and self.live)), 0)
+
+
+SITES = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+def training_step(config: DecoderConfig, methods: Sequence[Method], packs: Sequence[PackShape]) -> Sums:
+    """One step over the packs."""
+    products = products_of(config, methods)
+    walk = _Walk(config, products, "forward", train=True)
+    walk.add("adapter", -1, products.per_step, products.per_step_backward)
+    for pack in packs:
+        walk.live = products.trains(-1, "embed")
+        segments = pack.segments()
+        for layer in range(config.num_hidden_layers):
+            last = layer == config.num_hidden_layers - 1
+            walk.layer(layer, segments, pack.num_tokens, pack.num_label_rows if last else pack.num_tokens)
+        walk.head(pack.num_labels, loss=True)
+    return _kept(walk)
+
+
+def forward_pass(config: DecoderConfig, methods: Sequence[Method], pack: PackShape) -> Sums:
+    """Logits of every token, without a cache."""
+    products = products_of(config, methods)
+    walk = _Walk(config, products, "forward", train=False)
+    walk.add("adapter", -1, products.per_step, 0)
+    _inference(walk, pack.segments(), pack.num_tokens, pack.num_tokens)
+    return _kept(walk)
+
+
+def generation(
+    config: DecoderConfig, methods: Sequence[Method], prompts: PackShape, lengths: Sequence[int], num_tokens: int
+) -> Sums:
+    """`num_tokens` for each prompt of a pack; `lengths` are those of the prompts, learned positions included."""
+    products = products_of(config, methods)
+    walk = _Walk(config, products, "prefill", train=False)
+    walk.add("adapter", -1, products.per_step, 0)
+    _inference(walk, prompts.segments(), prompts.num_tokens, len(lengths))
+    walk.phase = "decode"
+    for made in range(num_tokens - 1):
+        tokens = [Segment(start=0, length=1, parent=-1, run=0, position=n + made) for n in lengths]
+        _inference(walk, tokens, len(tokens), len(tokens))
+    return _kept(walk)
+
+
+def _inference(walk: _Walk, segments: Sequence[Segment], rows: int, head_rows: int) -> None:
+    for layer in range(walk.config.num_hidden_layers):
+        walk.layer(layer, segments, rows, rows)
+    walk.head(head_rows, loss=False)
+
+
+def _kept(walk: _Walk) -> Sums:
+    return dict(_nonzero(walk.sums))
+
+
+def _nonzero(sums: Sums) -> Iterator[tuple[tuple[Phase, Owner, int], tuple[int, int]]]:
+    for place, flops in sums.items():
+        if flops != (0, 0):
+            yield place, flops
