@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,16 @@ def load_rows(task: Task, split: str, data_dir: str | Path | None = None) -> Loa
     return Loaded(rows, Source(task.name, split, origin, location, len(rows), dropped, digest))
 
 
-def load_test(task: Task, data_dir: str | Path | None = None, limit: int | None = None) -> Loaded:
+Loader = Callable[[Task, str, str | Path | None], Loaded]
+"""`load_rows`, or a cached form of it where several seeds share their files."""
+
+
+def load_test(
+    task: Task, data_dir: str | Path | None = None, limit: int | None = None, load: Loader = load_rows
+) -> Loaded:
     """Test rows; a limit takes the same random sample of them for every seed."""
     _check_limits(test=limit)
-    loaded = load_rows(task, _test_split(task, data_dir), data_dir)
+    loaded = load(task, _test_split(task, data_dir), data_dir)
     return Loaded(_sample(loaded.rows, limit, TEST_SAMPLE_SEED), loaded.source)
 
 
@@ -92,6 +98,7 @@ def splits(
     train_limit: int | None = None,
     validation_limit: int | None = None,
     test_limit: int | None = None,
+    load: Loader = load_rows,
 ) -> Splits:
     """Train, validation and test rows.
 
@@ -99,14 +106,14 @@ def splits(
     stay in the order of their file. Limits take a random sample, of train and validation by `seed`.
     """
     _check_limits(train=train_limit, validation=validation_limit, test=test_limit)
-    loaded = load_rows(task, task.splits.train, data_dir)
+    loaded = load(task, task.splits.train, data_dir)
     sources = {"train": loaded.source, "validation": loaded.source}
     if task.splits.validation is None:
         train, validation = _hold_out(task, loaded, seed)
     else:
-        held = load_rows(task, task.splits.validation, data_dir)
+        held = load(task, task.splits.validation, data_dir)
         train, validation, sources["validation"] = loaded.rows, held.rows, held.source
-    test = load_test(task, data_dir, test_limit)
+    test = load_test(task, data_dir, test_limit, load)
     sources["test"] = test.source
     train = _sample(train, train_limit, seed)
     return Splits(train, _sample(validation, validation_limit, seed), test.rows, sources)

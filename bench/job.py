@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -14,14 +15,14 @@ from typing import Any
 
 from peftdyno.bench import model_card
 from peftdyno.bench.base_model import BaseModel
-from peftdyno.bench.data import Splits, splits
+from peftdyno.bench.data import Loader, Splits, load_rows, splits
 from peftdyno.bench.evaluate import Evaluation, evaluate
 from peftdyno.bench.peak_memory import PeakMemory
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.record import Measured, make_record
 from peftdyno.bench.rendering import Examples
 from peftdyno.bench.settings import JobSettings
-from peftdyno.bench.step_costs import training_flops
+from peftdyno.bench.step_costs import inference_tflop_above_base, training_flops
 from peftdyno.bench.steps import StepLog
 from peftdyno.bench.store import RECORD, RunRecord, finished_record, read_object, write_record
 from peftdyno.bench.task import Task
@@ -32,7 +33,7 @@ from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.adapters.peft_format import save_adapter
-from peftdyno.engine.atomic import write_json
+from peftdyno.engine.atomic import remove_partials, write_json
 from peftdyno.engine.batching import steps_per_epoch
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.optim import OptimConfig
@@ -61,13 +62,21 @@ class Job:
     rows: tuple[Splits, ...]
 
     @classmethod
-    def prepare(cls, settings: JobSettings) -> Job:
-        """Look everything up and read the data, but not the model; UserError for whatever is wrong with them."""
+    def prepare(cls, settings: JobSettings, load: Loader | None = None) -> Job:
+        """Look everything up and read the data, each file once, but not the model; UserError for whatever is wrong
+        with them."""
+        load = load or functools.cache(load_rows)
         method = settings.build_method()
         task = find_task(settings.task, settings.tasks_file)
         limits = {f"{split}_limit": getattr(settings, f"limit_{split}") for split in ("train", "validation", "test")}
-        rows = tuple(splits(task, settings.data, seed, **limits) for seed in settings.seeds)
+        rows = tuple(splits(task, settings.data, seed, load=load, **limits) for seed in settings.seeds)
         return cls(settings=settings, task=task, method=method, rows=rows)
+
+    def with_seeds(self, seeds: Sequence[int]) -> Job:
+        """The same job with some of its seeds."""
+        rows = tuple(self.rows[self.settings.seeds.index(seed)] for seed in seeds)
+        settings = self.settings.model_copy(update={"seeds": tuple(seeds)})
+        return dataclasses.replace(self, settings=settings, rows=rows)
 
     def steps(self, run: int) -> int:
         """Steps of a run."""
@@ -152,6 +161,7 @@ def run_job(job: Job, base: BaseModel, places: Places, progress: Progress) -> li
     keys = job.fingerprints(base)
     for path, key in {places.work: digest(keys), **dict(zip(places.runs, keys, strict=True))}.items():
         _claim(path, key, job)
+        remove_partials(path)
     bank, measured = _train(job, base, places, digest(keys), progress)
     for run, path in enumerate(places.runs):
         save_adapter(bank, run, path / ADAPTER, base.hub_name, base.files.family)
@@ -225,7 +235,12 @@ def _train(
         for run, (own, seed) in enumerate(zip(examples, seeds, strict=True))
     ]
     flops = training_flops(ledger, places.work)
-    return bank, Measured(state=state, steps=log.summary(), work=places.work, cut=cut, flops=flops)
+    assert ledger.subject is not None
+    above_base = inference_tflop_above_base(ledger.subject, job.method)
+    measured = Measured(
+        state=state, steps=log.summary(), work=places.work, cut=cut, flops=flops, inference_tflop=above_base
+    )
+    return bank, measured
 
 
 def _score(

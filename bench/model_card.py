@@ -59,8 +59,8 @@ def _resources(record: RunRecord) -> list[tuple[str, str, str]]:
     rows += [(f"{phase}, all steps", f"{value:.1f} s", "measured") for phase, value in _phases(record).items()]
     for kind in ("predicted", "counted") if record.flops is not None else ():
         for phase, owners in getattr(record.flops, kind).items():
-            matrix = sum(classes["matrix"] for classes in owners.values())
-            rows.append((f"{phase}, matrix FLOPs of {len(record.flops.steps)} step(s)", f"{matrix:,}", kind))
+            name = f"{phase}, FLOPs of {len(record.flops.steps)} step(s)"
+            rows.append((name, f"{sum(owners.values()):,}", kind))
     above = record.pscp_inputs.inference_tflop_above_base
     if above is not None:
         rows.append(("inference above the base model, 1 x 512 tokens", f"{above:.6f} TFLOP", "predicted"))

@@ -17,7 +17,6 @@ import torch
 from peftdyno.bench import machine
 from peftdyno.bench.evaluate import Evaluation
 from peftdyno.bench.peak_memory import PeakMemory
-from peftdyno.bench.step_costs import inference_tflop_above_base
 from peftdyno.bench.steps import StepSummary
 from peftdyno.bench.store import Flops, Memory, Parameters, PscpInputs, RunRecord
 from peftdyno.engine.adapters.bank import AdapterBank
@@ -42,6 +41,8 @@ class Measured:
     work: Path
     cut: list[dict[str, int]]
     flops: Flops | None
+    inference_tflop: float
+    """Predicted, above the base model's."""
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     baseline: Evaluation | None = None
@@ -93,7 +94,7 @@ def make_record(
         loss=_losses(measured, run),
         scores=None if tuned is None else tuned.scores,
         baseline_scores=None if measured.baseline is None else measured.baseline.scores,
-        pscp_inputs=_pscp_inputs(job, base, trained, memory, tuned),
+        pscp_inputs=_pscp_inputs(job, measured, trained, memory, tuned),
         events=[event for event in measured.state.events if _concerns(event, run)],
         stopped=state.stopped or None,
         data=_data(job, run, measured, tuned),
@@ -127,13 +128,13 @@ def _losses(measured: Measured, run: int) -> dict[str, float | int | None]:
     return {"first": losses[0], "last": losses[1], **best}
 
 
-def _pscp_inputs(job: Job, base: BaseModel, trained: int, memory: Memory, tuned: Evaluation | None) -> PscpInputs:
+def _pscp_inputs(job: Job, measured: Measured, trained: int, memory: Memory, tuned: Evaluation | None) -> PscpInputs:
     kind = next((name for name in MEASURES if getattr(memory, name) is not None), None)
     score = None if tuned is None else tuned.scores["corrected"][job.task.metric]
     return PscpInputs(
         score_percent=None if score is None else 100 * score,
         trainable_parameters=trained,
-        inference_tflop_above_base=inference_tflop_above_base(base.decoder, job.method),
+        inference_tflop_above_base=measured.inference_tflop,
         memory_gb=None if kind is None else getattr(memory, kind) / GB,
         memory_kind=kind,
     )

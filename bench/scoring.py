@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from peftdyno.bench.store import read_object
 from peftdyno.bench.task import Task
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.peft_format import CONFIG_FILE, bank_from_adapters
-from peftdyno.engine.atomic import write_json
+from peftdyno.engine.atomic import remove_partials, write_json
 from peftdyno.engine.builtin_configs import find_builtin
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.model_cache import sha256_of
@@ -135,5 +134,5 @@ def _claim(out: Path, key: str) -> None:
         raise UserError(f"{out} holds a training run; give another --out")
     if path.exists() and read_object(path).get("fingerprint") != key:
         raise UserError(f"{out} holds the scores of other data, adapters or settings; give another --out or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"fingerprint": key}) + "\n", encoding="utf-8")
+    write_json(path, {"fingerprint": key})
+    remove_partials(out)

@@ -19,8 +19,10 @@ SCHEMA_VERSION = 1
 
 Scores = dict[str, dict[str, float | None]]
 """Rule (corrected, published) -> metric -> value; null where a rule gives no number."""
-Figures = dict[str, dict[str, dict[str, int]]]
-"""Phase -> owner (base, adapter) -> class (matrix, matrix_full, pointwise, reduction, bytes, calls) -> number."""
+Figures = dict[str, dict[str, int]]
+"""Phase -> owner (base, adapter) -> FLOPs of all classes."""
+FiguresByClass = dict[str, dict[str, dict[str, int]]]
+"""Phase -> owner -> class (matrix, matrix_full, pointwise, reduction, bytes, calls) -> number."""
 
 
 class _Part(BaseModel):
@@ -40,8 +42,10 @@ class Flops(_Part):
 
     predicted: Figures
     counted: Figures
-    convention: str
-    """What `matrix` and `matrix_full` count."""
+    by_class: dict[str, FiguresByClass]
+    """The same two by class; `matrix_full` counts attention over the full square."""
+    conventions: dict[str, str]
+    """How attention and multiply-adds are counted."""
     steps: list[int]
     """Which steps were sampled, from 0, of those since the last resume."""
     equal_by_layer: bool

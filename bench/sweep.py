@@ -3,6 +3,8 @@ skipped, what fails is recorded and does not stop the rest."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any, Literal
 
 from peftdyno.bench import machine
 from peftdyno.bench.base_model import BaseModel
+from peftdyno.bench.data import Loader, load_rows
 from peftdyno.bench.job import CLAIM, Job, Places, digest, find_task, is_finished, run_job
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.settings import JobSettings, job_fields, make_settings
@@ -86,30 +89,33 @@ class Sweep:
     def run(self, base: BaseModel, progress: Progress) -> Outcome:
         """Every cell in turn."""
         outcome = Outcome()
-        for number, cell in enumerate(self.cells, start=1):
-            name = f"{cell.settings.method} {cell.settings.task}"
-            progress.say(f"{number}/{len(self.cells)} {name}")
-            self._run_cell(cell, base, progress, outcome)
+        number = 0
+        for _, cells in itertools.groupby(self.cells, key=lambda cell: cell.settings.task):
+            load = functools.cache(load_rows)
+            for cell in cells:
+                number += 1
+                progress.say(f"{number}/{len(self.cells)} {cell.settings.method} {cell.settings.task}")
+                self._run_cell(cell, base, load, progress, outcome)
         return outcome
 
-    def _run_cell(self, cell: Cell, base: BaseModel, progress: Progress, outcome: Outcome) -> None:
+    def _run_cell(self, cell: Cell, base: BaseModel, load: Loader, progress: Progress, outcome: Outcome) -> None:
         try:
-            pending = self._pending(cell, base, outcome)
+            job = Job.prepare(cell.settings, load)
+            pending = self._pending(cell, job, base, outcome)
             groups = self._groups(cell, pending)
         except Exception as error:
             self._failed(cell, cell.settings.seeds, error, outcome, progress)
             return
         for seeds in groups:
             try:
-                self._run_group(cell, seeds, base, progress)
+                self._run_group(cell, job.with_seeds(seeds), base, progress)
             except Exception as error:
                 self._failed(cell, seeds, error, outcome, progress)
             else:
                 outcome.trained += [_name(cell, seed) for seed in seeds]
 
-    def _pending(self, cell: Cell, base: BaseModel, outcome: Outcome) -> dict[int, str]:
+    def _pending(self, cell: Cell, job: Job, base: BaseModel, outcome: Outcome) -> dict[int, str]:
         """Seed -> fingerprint of the runs that are not finished."""
-        job = Job.prepare(cell.settings)
         keys = dict(zip(cell.settings.seeds, job.fingerprints(base), strict=True))
         for seed, key in list(keys.items()):
             if finished_record(cell.folder(self.folder, seed), key) is not None:
@@ -131,10 +137,9 @@ class Sweep:
         rest = list(left)
         return groups + [tuple(rest[i : i + size]) for i in range(0, len(rest), max(size, 1))]
 
-    def _run_group(self, cell: Cell, seeds: Sequence[int], base: BaseModel, progress: Progress) -> None:
-        job = Job.prepare(cell.settings.model_copy(update={"seeds": tuple(seeds)}))
+    def _run_group(self, cell: Cell, job: Job, base: BaseModel, progress: Progress) -> None:
         places = Places(
-            runs=tuple(cell.folder(self.folder, seed) for seed in seeds),
+            runs=tuple(cell.folder(self.folder, seed) for seed in job.settings.seeds),
             work=self.folder / GROUPS / group_key(job.fingerprints(base)),
             baseline=self.folder / BASELINES / f"{job.task.name}-{job.baseline_key(base)[:12]}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import pkgutil
@@ -15,6 +16,8 @@ from peftdyno.engine.errors import UserError
 
 PANELS = ("Train and score", "Compare", "Look", "Costs")
 """Headings of the commands in --help, in order; a command's file names one in PANEL."""
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+"""What is wrong with the place a user named, or with its disk."""
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
@@ -80,6 +83,10 @@ def run(arguments: list[str], prog: str) -> int:
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]  # nothing more can be written, not even at exit
         return FAILED
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        return _say(f"{error.filename or 'output'}: {error.strerror}; what was there before is kept", USER_ERROR)
     except Exception as error:
         # Usage errors of typer, whose class differs between its versions.
         if not hasattr(error, "format_message"):

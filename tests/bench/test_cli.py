@@ -208,6 +208,17 @@ def test_wrong_input_is_one_line(words: tuple[str, ...], message: str, shell, tm
     assert not (tmp_path / "x" / "run.json").exists()
 
 
+def test_places_that_cannot_be_written(shell, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for line in (
+        ("train", "-t", "sst2", *shell.job("--out", tmp_path / "file")),
+        ("train", "-t", "sst2", *shell.job("--out", tmp_path / "file" / "run")),
+        ("bench", "--methods", "lora", "--tasks", "sst2", *shell.job("--out", tmp_path / "file")),
+    ):
+        assert str(tmp_path / "file") in shell.fails(*line, "--quiet")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_missing_column_names_file_and_row(shell, tmp_path: Path) -> None:
     folder = tmp_path / "sst2"
     folder.mkdir()
