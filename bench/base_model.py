@@ -28,6 +28,7 @@ class BaseModel:
     files: ModelFiles
     dtype: str
     load_seconds: float
+    quant: str | None = None
     identity: dict[str, Any] = field(init=False)
     """Origin and, for a folder, the checksums of its weight files."""
 
@@ -54,19 +55,20 @@ class BaseModel:
             "source": dict(self.files.source),
             "family": self.files.family.name,
             "dtype": self.dtype,
+            **({} if self.quant is None else {"quant": self.quant}),
             "device": self.decoder.device.type,
         }
 
 
-def load_base(name: str, dtype: str = "bf16", device: str = "auto") -> BaseModel:
+def load_base(name: str, dtype: str = "bf16", device: str = "auto", quant: str | None = None) -> BaseModel:
     """Load a model by name; UserError where it has no tokenizer or the device is not there."""
     start = time.perf_counter()
     place = _device(device)
-    config, weights, tokenizer, files = load_model(name, DTYPES[dtype], place)
+    config, weights, tokenizer, files = load_model(name, DTYPES[dtype], place, quant)
     if tokenizer is None:
         raise UserError(f"model '{name}' has no tokenizer.json; a task needs one")
     decoder = Decoder(config, weights, Scope())
-    return BaseModel(decoder, tokenizer, files, dtype, time.perf_counter() - start)
+    return BaseModel(decoder, tokenizer, files, dtype, time.perf_counter() - start, quant)
 
 
 def _device(name: str) -> torch.device:

@@ -45,7 +45,7 @@ class Scoring:
         files = [{path.name: sha256_of(path) for path in sorted(folder.glob("adapter_*"))} for folder in self.adapters]
         rows = [self.test.source.sha256, len(self.test.rows)]
         values = {"task": self.task.declaration(), "rows": rows, "max_length": self.max_length, "adapters": files}
-        return digest({**values, "model": base.identity, "dtype": base.dtype})
+        return digest({**values, "model": base.identity, "dtype": base.dtype, "quant": base.quant})
 
     def names(self) -> list[str]:
         """A folder name for each adapter, or that of the untuned model."""

@@ -64,6 +64,8 @@ class JobSettings(BaseModel):
     evaluate: bool = True
     """Whether the tuned and the untuned model are scored."""
     dtype: Literal["bf16", "fp32"] = "bf16"
+    quant: str | None = None
+    """How the frozen linear weights are stored: nf4, nf4-double, or in the compute dtype where absent."""
     device: str = "auto"
     kernels: str = "auto"
     threads: int | None = Field(None, ge=1)

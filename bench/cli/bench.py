@@ -39,6 +39,7 @@ def command(
     limit_validation: o.LimitValidation = None,
     limit_test: o.LimitTest = None,
     dtype: o.Dtype = None,
+    quant: o.Quant = None,
     device: o.Device = None,
     kernels: o.Kernels = None,
     threads: o.Threads = None,
@@ -78,7 +79,7 @@ def sweep(values: dict[str, Any], out: Any, together: Any, quiet: bool) -> Any:
     plan = Sweep.plan(out, values, together)
     settings = plan.cells[0].settings
     use_hardware(settings.threads, settings.kernels)
-    return plan.run(load_base(settings.model, settings.dtype, settings.device), progress_for(quiet))
+    return plan.run(load_base(settings.model, settings.dtype, settings.device, settings.quant), progress_for(quiet))
 
 
 def _group_size(text: str) -> Any:

@@ -30,6 +30,7 @@ def command(
     batch: Annotated[int, typer.Option("--batch", help="Rows of each adapter at a time.", min=1)] = 32,
     max_length: Annotated[int, typer.Option("--max-length", help="Longest sequence in tokens.", min=2)] = 2048,
     dtype: o.Dtype = None,
+    quant: o.Quant = None,
     device: o.Device = None,
     kernels: o.Kernels = None,
     threads: o.Threads = None,
@@ -54,7 +55,7 @@ def command(
     scoring = Scoring(task=found, test=rows, adapters=adapters, batch=batch, max_length=max_length)
     use_hardware(threads, kernels or "auto")
     name = model or (base_name(adapters[0]) if adapters else o.DEFAULT_MODEL)
-    base = load_base(name, o.dtype(dtype), device or "auto")
+    base = load_base(name, o.dtype(dtype), device or "auto", quant)
     _show(score(scoring, base, out, progress_for(quiet)), json_output)
 
 

@@ -24,6 +24,7 @@ def command(
     system: Annotated[str | None, typer.Option("--system", help="Text of a system turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)] = 128,
     dtype: o.Dtype = None,
+    quant: o.Quant = None,
     device: o.Device = None,
     kernels: o.Kernels = None,
     threads: o.Threads = None,
@@ -38,7 +39,7 @@ def command(
 
     use_hardware(threads, kernels or "auto")
     name = model or (o.DEFAULT_MODEL if adapter is None else base_name(adapter))
-    base = load_base(name, o.dtype(dtype), device or "auto")
+    base = load_base(name, o.dtype(dtype), device or "auto", quant)
     bank = load_bank(base, () if adapter is None else (adapter,))
     tokenizer = base.tokenizer
     tokens = [tuple(tokenizer.prompt_ids(tokenizer.chat(prompt, system))) for prompt in prompts]

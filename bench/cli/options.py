@@ -44,6 +44,9 @@ LimitValidation = Annotated[
 ]
 LimitTest = Annotated[int | None, typer.Option("--limit-test", help="Random test rows; all by default.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16 (the default) or fp32.")]
+Quant = Annotated[
+    str | None, typer.Option("--quant", help="Store frozen weights in 4 bits: nf4 or nf4-double.", metavar="KIND")
+]
 Device = Annotated[str | None, typer.Option("--device", help="auto (the default), cpu or cuda.")]
 Kernels = Annotated[
     str | None, typer.Option("--kernels", help="auto (the default), reference, cpu or triton; never falls back.")

@@ -36,6 +36,7 @@ def command(
     limit_validation: o.LimitValidation = None,
     limit_test: o.LimitTest = None,
     dtype: o.Dtype = None,
+    quant: o.Quant = None,
     device: o.Device = None,
     kernels: o.Kernels = None,
     threads: o.Threads = None,
@@ -82,7 +83,7 @@ def run(given: dict[str, Any], out: Any, config: Any, sets: list[str], json_outp
     job = Job.prepare(settings)
     use_hardware(settings.threads, settings.kernels)
     progress = progress_for(quiet)
-    base = load_base(settings.model, settings.dtype, settings.device)
+    base = load_base(settings.model, settings.dtype, settings.device, settings.quant)
     places = Places.under(out, settings.seeds)
     records = finished_records(job, base, places)
     if records is None:

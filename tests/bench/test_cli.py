@@ -160,6 +160,21 @@ def test_several_seeds_have_a_folder_each(shell, tmp_path: Path) -> None:
         assert {"run.json", "adapter", "metrics.jsonl", "predictions.jsonl"} <= there
 
 
+def test_four_bit_base(shell, tmp_path: Path) -> None:
+    line = ("train", "-t", "sst2", "--quant", "nf4", *shell.job("--out", tmp_path / "run", "--json"))
+    record = shell(*line).json
+    assert record["model"]["quant"] == "nf4" and record["flops"]["equal_by_layer"]
+    shell("train", "-t", "sst2", *shell.job("--out", tmp_path / "dense"))
+    dense = json.loads((tmp_path / "dense" / "run.json").read_text())
+    assert dense["loss"]["first"] != record["loss"]["first"], "four bits must change the frozen weights"
+    scored = shell(
+        "eval", "-t", "sst2", "--data", shell.data, "-a", tmp_path / "run" / "adapter", "--dtype", "fp32",
+        "--quant", "nf4", "--out", tmp_path / "eval", "--json",
+    ).json  # fmt: skip
+    assert scored["results"][0]["scores"] == record["scores"]
+    assert "unknown quantisation 'nf5'" in shell.fails("generate", "-m", shell.model, "--quant", "nf5", "hi")
+
+
 def test_config_file(shell, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(
         f"model: {shell.model}\ndata: {shell.data}\ntask: sst2\nmethod: ia3\nsteps: 2\nseed: 9\n"
