@@ -1,6 +1,7 @@
 // Bytes that PyTorch's CPU allocator hands out on this thread, with their peak: the recorder of kernels/memory.py.
 #include <c10/core/Allocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
+#include <torch/csrc/profiler/orchestration/observer.h>
 
 #include <algorithm>
 #include <atomic>
@@ -11,15 +12,22 @@
 namespace peftdyno {
 namespace {
 
-class Recorder : public c10::MemoryReportingInfoBase {
+namespace profiler = torch::profiler::impl;
+
+// A profiler that is switched off in all but memory: PyTorch casts whatever holds the profiler's place, without asking,
+// to its own base class whenever an autograd function runs.
+class Recorder : public profiler::ProfilerStateBase {
  public:
+  Recorder()
+      : ProfilerStateBase(profiler::ProfilerConfig(profiler::ProfilerState::Disabled, /*report_input_shapes=*/false,
+                                                   /*profile_memory=*/true)) {}
+  profiler::ActiveProfilerType profilerType() override { return profiler::ActiveProfilerType::NONE; }
   void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device device) override {
     if (!device.is_cpu()) return;
     live_ += size;
     if (size > 0) ++allocations_;
     peak_ = std::max(peak_, live_);
   }
-  bool memoryProfilingEnabled() const override { return true; }
   void reset_peak() { peak_ = live_; }
   std::tuple<int64_t, int64_t, int64_t> figures() const { return {peak_, live_, allocations_}; }
 
