@@ -30,7 +30,7 @@ class Plan:
 
     repeats: int = 5
     steps: int | None = None
-    compile_seconds: float = 150.0
+    compile_seconds: float = 120.0
     """Time in which torch.compile must have finished its first step."""
 
     def steps_or(self, default: int) -> int:
@@ -79,17 +79,19 @@ class Sides:
         """A place for an adapter."""
         return str(self.scratch / name)
 
-    def check_plain(self, method: str, options: dict[str, Any], batches: list[Any], name: str) -> dict[str, Any]:
+    def check_plain(
+        self, method: str, options: dict[str, Any], batch: list[Any], name: str, steps: int = CHECK_STEPS
+    ) -> dict[str, Any]:
         """Compare steps without dropout by our step and the plain loop; UnequalWork where they differ."""
-        self.tell(f"  {name}: comparing {CHECK_STEPS} steps")
-        settings = {"model": self.model, "batches": batches, "learning_rate": CHECK_RATE}
+        self.tell(f"  {name}: comparing {steps} steps")
+        settings = {"model": self.model, "batches": [batch], "learning_rate": CHECK_RATE}
         self.ours.open("ours.steps", **settings, method=method, options=options)
         folder = self.folder(f"check-{name}")
         self.ours.call("save", folder=folder)
-        ours = Trajectory(**self.ours.call("trajectory", steps=CHECK_STEPS))
+        ours = Trajectory(**self.ours.call("trajectory", steps=steps))
         found, labels = {}, {}
         for dtype in ("bf16", "fp32"):
             self.reference.open("plain.steps", **settings, adapter=folder, dtype=dtype)
             labels[dtype] = self.reference.call("label_losses")
-            found[dtype] = Trajectory(**self.reference.call("trajectory", steps=CHECK_STEPS))
+            found[dtype] = Trajectory(**self.reference.call("trajectory", steps=steps))
         return check_steps(ours, found["bf16"], found["fp32"], LabelNoise(labels["bf16"], labels["fp32"]))

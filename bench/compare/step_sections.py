@@ -7,7 +7,7 @@ from typing import Any
 from peftdyno.bench.compare.equal_work import UnequalWork
 from peftdyno.bench.compare.link import Worker, WorkerError
 from peftdyno.bench.compare.rows import text_batch
-from peftdyno.bench.compare.sides import Sides
+from peftdyno.bench.compare.sides import CHECK_STEPS, Sides
 from peftdyno.bench.compare.turns import Row, in_turns, rates
 from peftdyno.engine.adapters import METHODS
 
@@ -16,6 +16,8 @@ LORA: dict[str, Any] = {"rank": 16, "alpha": 16.0, "target_modules": ["k_proj", 
 DROPOUT = 0.05
 PLAIN = "transformers + PEFT, plain loop"
 RATE = 5e-5
+FEW_STEPS = 2
+"""Compared steps where a step takes long or there are many comparisons; the second follows the first update."""
 WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.0}, "p-tuning": {"dropout": 0.0}}
 IN_PEFT = ("lora", "ia3", "ln-tuning", "prompt-tuning", "p-tuning", "prefix-tuning")
 """Methods that PEFT trains too. It has a form for what BitFit stores, but would train more than the biases."""
@@ -29,11 +31,11 @@ def open_steps(sides: Sides, name: str, method: str, options: dict[str, Any], ba
     sides.reference.open("plain.steps", **settings, adapter=sides.folder(name))
 
 
-def step_row(sides: Sides, length: int, goal: float, default_steps: int) -> Row:
+def step_row(sides: Sides, length: int, goal: float, default_steps: int, check_steps: int) -> Row:
     """LoRA's step over 4 rows of real tokens, all labelled, against the plain loop."""
     name = f"LoRA step, 4 x {length} tokens, all labelled, dropout {DROPOUT}"
     batch = text_batch(4, length, sides.classification.train)
-    check = sides.check_plain("lora", {**LORA, "dropout": 0.0}, [batch], f"step-{length}")
+    check = sides.check_plain("lora", {**LORA, "dropout": 0.0}, batch, f"step-{length}", check_steps)
     open_steps(sides, f"step-{length}", "lora", {**LORA, "dropout": DROPOUT}, batch)
     steps = sides.plan.steps_or(default_steps)
     sides.tell(f"  {name}: {sides.plan.repeats} rounds of {steps} steps")
@@ -57,12 +59,12 @@ def step_row(sides: Sides, length: int, goal: float, default_steps: int) -> Row:
 
 def short_steps(sides: Sides) -> list[Row]:
     """4 x 128."""
-    return [step_row(sides, 128, 4.0, 2)]
+    return [step_row(sides, 128, 4.0, 2, CHECK_STEPS)]
 
 
 def long_steps(sides: Sides) -> list[Row]:
     """4 x 512."""
-    return [step_row(sides, 512, 5.0, 1)]
+    return [step_row(sides, 512, 5.0, 1, FEW_STEPS)]
 
 
 def memory(sides: Sides) -> list[Row]:
@@ -150,7 +152,7 @@ def _method_row(sides: Sides, name: str, batch: list[Any]) -> Row:
         samples = in_turns({"ours": lambda _: sides.ours.call("measure", steps=steps)}, sides.plan.repeats)
         return Row(**names, against="none: PEFT does not train it", ours=tuple(rates(samples["ours"])))
     try:
-        check = sides.check_plain(name, WITHOUT_DROPOUT.get(name, {}), [batch], name)
+        check = sides.check_plain(name, WITHOUT_DROPOUT.get(name, {}), batch, name, FEW_STEPS)
     except UnequalWork as error:
         return Row(**names, against=PLAIN, ours=(), note=f"FAILED, unequal work: {error}")
     open_steps(sides, f"method-{name}", name, {}, batch)

@@ -105,7 +105,7 @@ def _label_noise(sides: Sides, seed: int, folder: str) -> LabelNoise:
 def training(sides: Sides) -> list[Row]:
     """One seed, batch 4, response labels: ours as a user may set prefix sharing, with and without dropout."""
     checks = check_training(sides, SEEDS[:1], ("off", "on"))
-    steps = 1 + sides.plan.steps_or(3)
+    steps = 1 + sides.plan.steps_or(2)
     seed = SEEDS[:1]
     folders = {dropout: start_folders(sides, seed, dropout) for dropout in (DROPOUT, 0.0)}
 
@@ -153,7 +153,7 @@ def training(sides: Sides) -> list[Row]:
 def seeds(sides: Sides) -> list[Row]:
     """Five seeds in one bank against five runs of HF Trainer, one after another: each round times the next of them."""
     checks = check_training(sides, SEEDS, ("off", "on"))
-    steps = 1 + sides.plan.steps_or(3)
+    steps = 1 + sides.plan.steps_or(2)
     folders = start_folders(sides, SEEDS, DROPOUT)
 
     def ours(share: str) -> dict[str, float]:

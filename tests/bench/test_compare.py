@@ -329,8 +329,11 @@ def test_memory_is_measured():
 
 
 @pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ extension is not built")
-def test_the_allocators_peak_is_recorded():
+def test_the_allocators_peak_is_recorded(model):
     assert 4_000_000 <= traced_peak(lambda: torch.ones(1_000_000)) < 4_100_000
+    settings = {"method": "lora", "options": LORA, "batches": [rows(4)], "learning_rate": 1e-3}
+    step = job_class("ours.steps")(model=model, **settings).allocated_peak()
+    assert step["held"] > 0 and step["step"] > 0
 
 
 def test_operators_and_their_products_are_seen(model):
