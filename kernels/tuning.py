@@ -38,13 +38,13 @@ SHIPPED: dict[str, dict[int, Tile]] = {
     "attention_dq/64": {80: Tile(128, 32, 8, 2), 90: Tile(128, 64, 8, 2), 100: Tile(64, 64, 8, 2)},
     "attention_dq/128": {80: Tile(128, 32, 8, 2), 90: Tile(128, 32, 8, 3), 100: Tile(64, 32, 8, 2)},
     "attention_dq/256": {80: Tile(32, 32, 8, 1), 90: Tile(32, 32, 8, 1), 100: Tile(64, 32, 8, 1)},
-    "attention_dk/64": {80: Tile(64, 64, 8, 2), 90: Tile(64, 128, 8, 2), 100: Tile(64, 64, 8, 2)},
+    "attention_dk/64": {80: Tile(32, 64, 8, 2), 90: Tile(64, 128, 8, 2), 100: Tile(64, 64, 8, 2)},
     "attention_dk/128": {80: Tile(64, 64, 8, 2), 90: Tile(64, 64, 8, 2), 100: Tile(64, 64, 8, 2)},
     "attention_dk/256": {80: Tile(32, 32, 8, 1), 90: Tile(32, 32, 8, 1), 100: Tile(32, 32, 8, 1)},
     "lora_project": dict.fromkeys((80, 90, 100), Tile(32, 128, 8, 4)),
     "lora_outer": dict.fromkeys((80, 90, 100), Tile(64, 128, 4, 3)),
     "lora_add": dict.fromkeys((80, 90, 100), Tile(64, 128, 8, 2)),
-    "lora_gemm": {80: Tile(128, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
+    "lora_gemm": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
 }
 """Kernel and shape class (width of a head) -> architecture -> tile."""
 

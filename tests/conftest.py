@@ -14,11 +14,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 OFFLINE = ROOT / "tests" / "offline"
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and our kernels are first imported
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Block the Internet in this process and, through PYTHONPATH, in its Python children."""
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which other packages do
     file, log = tempfile.mkstemp(prefix="peftdyno-network-")
     os.close(file)
     os.environ["PEFTDYNO_NETWORK_LOG"] = log

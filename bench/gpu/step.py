@@ -48,7 +48,7 @@ def settings(sizes: Sizes) -> list[Setting]:
         Setting("lora r16, dropout, plain", (lora,)),
         Setting("lora r16, no dropout, bordered", (plain,), True),
         Setting(f"lora r16, dropout, {sizes.runs} runs", (lora,) * sizes.runs, True),
-        *(Setting(name, (METHODS[name](),)) for name in ("ia3", "ln_tuning", "bitfit") if name in METHODS),
+        *(Setting(name, (METHODS[name](),)) for name in ("ia3", "ln-tuning", "bitfit")),
     ]
 
 

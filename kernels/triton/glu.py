@@ -99,7 +99,7 @@ def forward(gate_up: Tensor, scale: Tensor | None, activation: str, runs: Sequen
     block = min(COLUMNS, triton.next_power_of_2(f))
     if chunks.count:
         _forward[(chunks.count, triton.cdiv(f, block))](
-            gate_up, y if scale is None else scale, y, chunks.table, f, gate_up.stride(0), y.stride(0),
+            gate_up, y if scale is None else scale.contiguous(), y, chunks.table, f, gate_up.stride(0), y.stride(0),
             SILU=activation == "silu", SCALED=scale is not None, ROWS=ROWS, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return y
@@ -118,7 +118,7 @@ def backward(
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     if chunks.count:
         _backward[(chunks.count, triton.cdiv(f, block))](
-            dy, gate_up, dx if scale is None else scale, dx, partials, chunks.table, f,
+            dy, gate_up, dx if scale is None else scale.contiguous(), dx, partials, chunks.table, f,
             dy.stride(0), gate_up.stride(0), dx.stride(0),
             SILU=activation == "silu", SCALED=scale is not None, ROWS=ROWS, BLOCK=block, num_warps=8,
         )  # fmt: skip

@@ -85,25 +85,33 @@ def field(modules, m, NAME: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _pack_down(a, down, columns, stride, P0, BLOCK: tl.constexpr):
+def _pack_down(a, down, columns, rank, a_stride, stride, P0, BLOCK: tl.constexpr):
     p = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(a + p * columns + at, mask=at < columns, other=0.0)
+    value = tl.load(a + p // rank * a_stride + p % rank * columns + at, mask=at < columns, other=0.0)
     tl.store(down + (P0 + p) * stride + at, value.to(down.dtype.element_ty), mask=at < columns)
 
 
 @triton.jit
-def _pack_up(b, scaling, up, out, first, last, rank, num_runs, stride, P0, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _pack_up(
+    b, scaling, up, out, first, last, rank, num_runs, b_stride, stride, P0, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     run, r = columns // rank, columns % rank
     inside = columns < num_runs * rank
     mine = (rows >= first) & (rows < last)
-    at = (run[None, :].to(tl.int64) * (last - first) + (rows - first)[:, None]) * rank + r[None, :]
+    at = run[None, :].to(tl.int64) * b_stride + (rows - first)[:, None] * rank + r[None, :]
     value = tl.load(b + at, mask=mine[:, None] & inside[None, :], other=0.0)
     value *= tl.load(scaling + run, mask=inside, other=0.0)[None, :]
     target = up + rows.to(tl.int64)[:, None] * stride + P0 + columns
     tl.store(target, value.to(up.dtype.element_ty), mask=(rows < out)[:, None] & inside[None, :])
+
+
+def _dense(factor: Tensor) -> Tensor:
+    """A factor [R, rows, columns] whose runs may lie apart, as they do in a bank, but each in one piece."""
+    assert factor[0].is_contiguous(), factor.stride()
+    return factor
 
 
 def pack(a: Sequence[Tensor], b: Sequence[Tensor], modules: Modules, down: Tensor | None, up: Tensor | None) -> None:
@@ -114,14 +122,14 @@ def pack(a: Sequence[Tensor], b: Sequence[Tensor], modules: Modules, down: Tenso
         if down is not None:
             columns, block = down.shape[1], min(1024, triton.next_power_of_2(down.shape[1]))
             _pack_down[(count, triton.cdiv(columns, block))](
-                a[m].contiguous(), down, columns, down.stride(0), p0, BLOCK=block
+                _dense(a[m]), down, columns, rank, a[m].stride(0), down.stride(0), p0, BLOCK=block
             )
         if up is not None:
             block = triton.next_power_of_2(count)
             rows = max(1, 1024 // block)
             _pack_up[(triton.cdiv(up.shape[0], rows),)](
-                b[m].contiguous(), modules.scaling[m * modules.num_runs :], up, up.shape[0], first, last, rank,
-                modules.num_runs, up.stride(0), p0, ROWS=rows, BLOCK=block,
+                _dense(b[m]), modules.scaling[m * modules.num_runs :], up, up.shape[0], first, last, rank,
+                modules.num_runs, b[m].stride(0), up.stride(0), p0, ROWS=rows, BLOCK=block,
             )  # fmt: skip
         p0 += count
     if down is not None and down.shape[0] > p0:
@@ -130,12 +138,12 @@ def pack(a: Sequence[Tensor], b: Sequence[Tensor], modules: Modules, down: Tenso
         up[:, p0:].zero_()
 
 
-_PACK_UP = "b scaling up out first last rank num_runs stride P0"
+_PACK_UP = "b scaling up out first last rank num_runs b_stride stride P0"
 COMPILED = [
     Compiled(
         "lora: pack A",
         _pack_down,
-        {"a": "*fp32", "down": "*bf16", "columns": "i32", "stride": "i32", "P0": "i32"},
+        dict.fromkeys(["a", "down", "columns", "rank", "a_stride", "stride", "P0"], "i32") | {"a": "*fp32", "down": "*bf16"},
         {"BLOCK": 1024},
         limits=Limits(registers=64, shared=0),
     ),

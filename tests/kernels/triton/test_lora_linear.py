@@ -32,8 +32,14 @@ CASES = [
     Case((0, 1), 3, 1, ((1, 0, 1),)),
     Case((0, 63), 200, 127, ((8, 0, 127),)),
     Case((0, 33, 33, 127), 63, 150, ((4, 0, 63), (17, 70, 150))),
-    Case((0, 16, 64), 128, 96, ((16, 0, 32), (16, 32, 64), (16, 64, 96))),
+    Case((0, 16, 48), 128, 64, ((16, 0, 32), (16, 32, 64))),
 ]
+
+
+def stacked(num_runs: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """A factor [R, rows, columns] as it lies in a bank: each run's among those of other modules."""
+    flat = torch.randn(num_runs, rows * columns + 7, device=device)
+    return flat[:, 3 : rows * columns + 3].view(num_runs, rows, columns)
 
 
 def arguments(case: Case, dropout: float, dtype: torch.dtype, device: torch.device, border: int) -> list[Any]:
@@ -43,8 +49,8 @@ def arguments(case: Case, dropout: float, dtype: torch.dtype, device: torch.devi
     weight.copy_(torch.randn(case.out, case.columns) / case.columns**0.5)
     x = with_spare(n, case.columns, border, weight)
     x.copy_(torch.randn(n, case.columns))
-    a = [torch.randn(num_runs, rank, case.columns, device=device) for rank, _, _ in case.modules]
-    b = [torch.randn(num_runs, stop - start, rank, device=device) for rank, start, stop in case.modules]
+    a = [stacked(num_runs, rank, case.columns, device) for rank, _, _ in case.modules]
+    b = [stacked(num_runs, stop - start, rank, device) for rank, start, stop in case.modules]
     keys = [[stream_key(7, f"m{m}", j) for j in range(num_runs)] for m in range(len(a))]
     rows = [i for _, start, stop in case.modules for i in (start, stop)]
     scaling = [0.1 + 0.2 * i for i in range(num_runs * len(a))]
@@ -52,9 +58,19 @@ def arguments(case: Case, dropout: float, dtype: torch.dtype, device: torch.devi
     return [x, weight, a, b, scaling, rows, list(case.runs), dropout, streams, torch.tensor(keys) if dropout else None]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{len(c.runs) - 1}runs-{len(c.modules)}modules-{c.runs[-1]}")
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("bordered", [False, True], ids=["plain", "bordered"])
+@pytest.mark.parametrize(
+    ("case", "dropout", "bordered", "dtype"),
+    [
+        (CASES[0], 0.3, False, torch.float32),
+        (CASES[0], 0.0, True, torch.float32),
+        (CASES[1], 0.0, False, torch.float16),
+        (CASES[1], 0.3, True, torch.float32),
+        (CASES[2], 0.0, True, torch.float16),
+        (CASES[2], 0.3, False, torch.float32),
+        (CASES[3], 0.3, True, torch.float16),
+        (CASES[3], 0.0, False, torch.float32),
+    ],
+)
 def test_lora_linear(case: Case, dropout: float, bordered: bool, dtype: torch.dtype, device: Any) -> None:
     border = case.spread + 3 if bordered else 0
     x, weight, *rest = arguments(case, dropout, dtype, device, border)
@@ -68,7 +84,7 @@ def test_lora_linear(case: Case, dropout: float, bordered: bool, dtype: torch.dt
 
     dy = with_spare(x.shape[0], case.out, border, x)
     dy.copy_(torch.randn(x.shape[0], case.out))
-    for need_x in (True, False):
+    for need_x in (True, False) if case is CASES[2] else (True,):
         backward = (dy, x, u, weight, *rest, border, need_x)
         found = load("lora_linear_backward")(*backward)
         truth = in_float64(lora_linear.reference_backward, backward)

@@ -1,0 +1,76 @@
+"""A training step through the whole engine: Triton's kernels give the reference's losses and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftdyno.engine.adapters import METHODS
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.border import lay_borders
+from peftdyno.engine.decoder import Decoder
+from peftdyno.engine.families import config_from_hf
+from peftdyno.engine.pack import Sequence, build_pack
+from peftdyno.engine.weights import random_weights
+from peftdyno.kernels import dispatch
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "dropout": 0.2, "target_modules": ("q_proj", "v_proj", "down_proj")},
+    "ia3": {},
+    "prefix-tuning": {"num_virtual_tokens": 3},
+}
+
+
+def gradients(name: str, kernels: str, device: torch.device, bordered: bool) -> tuple[Tensor, Tensor]:
+    """Losses and all gradients of one step of two runs behind a shared beginning."""
+    config = config_from_hf(FIELDS)
+    weights = random_weights(config, torch.float32, device=device)
+    bank = AdapterBank.create(config, [METHODS[name](**METHOD_OPTIONS[name])] * 2, [1, 2], weights)
+    with torch.no_grad():
+        bank.flat.add_(0.1 * torch.randn(bank.flat.shape, generator=torch.Generator().manual_seed(1)).to(device))
+    if bordered:
+        lay_borders(weights, bank)
+    sequences = [
+        Sequence(tokens=(1, 7, 9, *range(10 + run, 14 + 3 * i)), num_prompt=2, run=run, ordinal=i)
+        for run in range(2)
+        for i in range(2)
+    ]
+    pack = build_pack(sequences, num_runs=2, share_prefix=True, root=bank.root).to(device)
+    before = dispatch.current()
+    dispatch.use(kernels)
+    try:
+        bank.zero_grad()
+        bank.begin(3, training=True)
+        losses = Decoder(config, weights).losses(pack, bank)
+        losses.sum().backward()
+        bank.finish()
+    finally:
+        dispatch.use(before)
+    return losses.detach(), bank.gradient.clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "bordered"), [("lora", False), ("lora", True), ("ia3", False), ("prefix-tuning", False)]
+)
+def test_step_equals_the_reference(name: str, bordered: bool, device: torch.device) -> None:
+    losses, found = gradients(name, "triton", device, bordered)
+    expected_losses, expected = gradients(name, "reference", device, False)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert bool((expected.norm(dim=1) > 0).all()), "every run learns"
