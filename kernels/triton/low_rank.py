@@ -138,12 +138,13 @@ def pack(a: Sequence[Tensor], b: Sequence[Tensor], modules: Modules, down: Tenso
         up[:, p0:].zero_()
 
 
+_PACK_DOWN = "a down columns rank a_stride stride P0"
 _PACK_UP = "b scaling up out first last rank num_runs b_stride stride P0"
 COMPILED = [
     Compiled(
         "lora: pack A",
         _pack_down,
-        dict.fromkeys(["a", "down", "columns", "rank", "a_stride", "stride", "P0"], "i32") | {"a": "*fp32", "down": "*bf16"},
+        dict.fromkeys(_PACK_DOWN.split(), "i32") | {"a": "*fp32", "down": "*bf16"},
         {"BLOCK": 1024},
         limits=Limits(registers=64, shared=0),
     ),

@@ -1,0 +1,41 @@
+"""Kernels compiled without a GPU, held to their limits; `make aot` compiles all of them for every architecture."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from peftdyno.kernels.triton import OPERATORS, ahead
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, in a process that compiles instead of interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-m", "peftdyno.kernels.triton.ahead", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_a_kernel_holds_its_limits_on_hopper() -> None:
+    result = run("--arch", "90", "--only", "lora: dB")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "MMA" in result.stdout
+
+
+def test_a_broken_limit_is_found() -> None:
+    code = (
+        "from dataclasses import replace; from peftdyno.kernels.triton import ahead, rotary\n"
+        "from peftdyno.kernels.triton.compiled import Limits\n"
+        "case = replace(rotary.COMPILED[0], limits=Limits(registers=8, matrix=True))\n"
+        "print(ahead.measure(case, 90).broken)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    assert "registers > 8" in result.stdout and "no tensor cores" in result.stdout, result.stderr
+
+
+def test_every_operator_is_compiled_ahead() -> None:
+    modules = {place.split(".")[0] for place in OPERATORS.values()}
+    lists = {*ahead.MODULES, "linear", "lora_linear"}
+    assert modules <= lists, "linear is the library's own; lora_linear is made of low_rank and skinny"
+    folder = Path(ahead.__file__).parent
+    assert all((folder / f"{name}.py").exists() for name in ahead.MODULES)
