@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -218,6 +219,7 @@ def _train(
         save_every=settings.save_every,
     )
     ledger = Ledger.of(decoder, bank)
+    gc.collect()  # what earlier jobs left in cycles would count as memory of this one
     with StepLog(places.work, ledger, PeakMemory(decoder.device)) as log, progress.training(job.label()) as tell:
 
         def after_step(done: int, total: int, loss: float, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 PACKAGES = ("peftdyno", "torch", "safetensors", "tokenizers", "numpy", "transformers", "datasets", "peft", "triton")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that are installed, without importing them."""
     found = {"python": platform.python_version()}
@@ -50,8 +52,10 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
+@functools.cache
 def git() -> dict[str, Any] | None:
-    """Commit of this program's own checkout and whether files differ from it; None outside a checkout."""
+    """Commit of this program's own checkout and whether files differed from it when first asked, close to when they
+    were imported; None outside a checkout."""
     root = Path(__file__).parent.parent
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     if commit is None:

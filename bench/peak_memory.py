@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +45,6 @@ class PeakMemory:
 
 def _give_back() -> None:
     """Return freed memory to the system, so that what ran before does not count."""
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have none
     if trim is not None:
         trim(0)

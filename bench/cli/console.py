@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,26 @@ def progress_for(quiet: bool) -> Progress:
     """Bars on a terminal, a few lines elsewhere, nothing where it is to be quiet."""
     if quiet:
         return Progress()
-    return BarProgress() if ERR.is_terminal else LineProgress()
+    progress = BarProgress() if ERR.is_terminal else LineProgress()
+    _tell_news(progress)
+    return progress
+
+
+class News(logging.Handler):
+    """Passes on what the engine has to say, such as that a model is being downloaded."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.say(record.getMessage())
+
+
+def _tell_news(progress: Progress) -> None:
+    logger = logging.getLogger("peftdyno")
+    logger.handlers = [News(progress)]
+    logger.setLevel(logging.INFO)
 
 
 def _remaining(seconds: float) -> str:
