@@ -1,0 +1,162 @@
+"""Memory ledger: every tensor storage from birth to death, what kind it is, and what was alive at the peak."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftdyno.engine.accounting.formulas import tensors
+from peftdyno.engine.accounting.scope import Phase, Scope
+from peftdyno.engine.accounting.workspace import workspace
+
+Category = Literal[
+    "base weights", "adapter", "optimizer", "gradients", "activations", "logits", "kv cache", "inputs", "workspace"
+]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+
+
+@dataclass
+class Block:
+    """One storage. `born` and `died` are indices of operations; a block that lives on has `died` None."""
+
+    nbytes: int
+    category: Category
+    layer: int
+    operator: str
+    born: int
+    died: int | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One operation: where it ran, and the bytes alive while it did, its workspace included."""
+
+    phase: Phase
+    layer: int
+    operator: str
+    live: int
+    workspace: int
+
+
+@dataclass
+class MemoryLog:
+    """What a tracker saw, in the order of operations."""
+
+    blocks: list[Block] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest sum of live storages and workspace."""
+        return max((moment.live for moment in self.moments), default=sum(b.nbytes for b in self.blocks))
+
+    @property
+    def peak_index(self) -> int:
+        """Index of the operation at which the peak was first reached."""
+        return max(range(len(self.moments)), key=lambda i: self.moments[i].live, default=0)
+
+    def alive(self, index: int) -> list[Block]:
+        """Blocks alive during an operation; its workspace is a block too."""
+        found = [b for b in self.blocks if b.born <= index and (b.died is None or b.died > index)]
+        if index < len(self.moments) and self.moments[index].workspace:
+            moment = self.moments[index]
+            found.append(Block(moment.workspace, "workspace", moment.layer, moment.operator, index, index + 1))
+        return found
+
+    def by_category(self, index: int) -> dict[str, int]:
+        """Live bytes of each category during an operation."""
+        sums: dict[str, int] = defaultdict(int)
+        for block in self.alive(index):
+            sums[block.category] += block.nbytes
+        return {name: sums[name] for name in CATEGORIES if sums[name]}
+
+    def curves(self) -> dict[str, list[int]]:
+        """Live bytes of each category at every operation."""
+        steps = {name: [0] * (len(self.moments) + 1) for name in CATEGORIES}
+        for block in self.blocks:
+            steps[block.category][min(block.born, len(self.moments))] += block.nbytes
+            if block.died is not None:
+                steps[block.category][min(block.died, len(self.moments))] -= block.nbytes
+        curves = {name: list(itertools.accumulate(changes))[:-1] for name, changes in steps.items()}
+        curves["workspace"] = [moment.workspace for moment in self.moments]
+        return {name: curve for name, curve in curves.items() if any(curve)}
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Follows storages while it is entered, and may be entered again.
+
+    `kept` are the tensors that exist already, by category; logits are known by their `vocabulary` columns. `runs_on`
+    is the type of device whose memory is followed; where `symbolic`, tensors of the meta device stand for it. `probe`
+    includes the scratch of the matrix library.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        runs_on: str,
+        kept: Mapping[Category, Iterable[Tensor]],
+        vocabulary: int,
+        *,
+        symbolic: bool = False,
+        probe: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scope = scope
+        self.runs_on = runs_on
+        self.probe = probe
+        self.devices = {"meta"} | ({"cpu"} & {runs_on}) if symbolic else {runs_on}
+        self.vocabulary = vocabulary
+        self.log = MemoryLog()
+        self._live = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+        for category, held in kept.items():
+            for tensor in held:
+                self._meet(tensor, category, "")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.follow(func, args, result)
+        return result
+
+    def follow(self, func: Any, args: Sequence[Any], result: Any) -> None:
+        """Note what one call found and made."""
+        for tensor in tensors(list(args)):
+            self._meet(tensor, "inputs", "")
+        name = func._opname
+        for tensor in tensors(result):
+            self._meet(tensor, self._category(tensor), name)
+        held = workspace(func.namespace, name, args, self.runs_on, probe=self.probe)
+        scope = self.scope
+        self.log.moments.append(Moment(scope.phase, scope.layer, name, self._live + held, held))
+
+    def _category(self, tensor: Tensor) -> Category:
+        if tensor.dim() and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point():
+            return "logits"
+        return "gradients" if self.scope.phase == "backward" else "activations"
+
+    def _meet(self, tensor: Tensor, category: Category, operator: str) -> None:
+        """Start to follow a tensor's storage, unless it is known or elsewhere."""
+        if tensor.device.type not in self.devices:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        block = Block(storage.nbytes(), category, self.scope.layer, operator, len(self.log.moments))
+        self._seen[key] = weakref.ref(storage, lambda _: self._lose(key, block))
+        self.log.blocks.append(block)
+        self._live += block.nbytes
+
+    def _lose(self, key: int, block: Block) -> None:
+        block.died = len(self.log.moments)
+        self._live -= block.nbytes
+        self._seen.pop(key, None)

@@ -1,0 +1,86 @@
+"""Predicted peaks against what the allocator handed out, and the tracker's own figures."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.memory import MemoryTracker
+from peftdyno.engine.accounting.memory_predict import follow_step, held, training_memory
+from peftdyno.engine.accounting.predict import Job, run_step
+from peftdyno.engine.accounting.scope import Scope
+from peftdyno.engine.adapters import METHODS
+from peftdyno.engine.adapters.method import Method
+from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.optim import AdamW
+from peftdyno.kernels import memory
+
+from .small_jobs import EACH, QUICK, configs, real_model
+
+recorded = pytest.mark.skipif(not memory.available(), reason="needs the compiled extension, which records allocations")
+
+
+def measured_peak(job: Job, packs: list) -> int:
+    """Bytes of all live tensors at the peak of a step: those that outlive it, the packs, and what the step adds."""
+    decoder, bank = real_model(job)
+    optimizer, best = AdamW.create(bank), bank.flat.clone()
+    run_step(decoder, bank, optimizer, packs, Ledger(on=False))
+    bank.state.clear()
+    gc.collect()
+    with memory.AllocatorPeak() as allocator:
+        run_step(decoder, bank, optimizer, packs, Ledger(on=False))
+    tracker = MemoryTracker(Scope(), "cpu", held(decoder, bank, optimizer, [best]), 0)
+    used = [(p.tokens, p.positions, p.labels.target, p.labels.weight, p.labels.rows, p.labels.place) for p in packs]
+    inputs = sum(t.nbytes for tensors in used for t in tensors)
+    return sum(block.nbytes for block in tracker.log.blocks) + inputs + allocator.peak_bytes
+
+
+def wide(config: DecoderConfig, **changes: object) -> DecoderConfig:
+    """The flags of a config at sizes of real proportions, where fixed scratch is small beside activations."""
+    fields = {**vars(config), "hidden_size": 64, "intermediate_size": 160, "vocab_size": 400, "head_dim": 16}
+    return DecoderConfig(**{**fields, **changes})
+
+
+@recorded
+@EACH
+@QUICK
+@given(data=st.data())
+def test_predicted_peak_is_within_a_hundredth(method: Method, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    job = Job(config=wide(data.draw(configs())), methods=(method,) * data.draw(st.integers(1, 2)), dtype=dtype)
+    packs = [job.plain_pack(data.draw(st.integers(2, 4)), 96)]
+    predicted = training_memory(job, packs, probe=True).peak_bytes
+    assert predicted == pytest.approx(measured_peak(job, packs), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "prefix-tuning"])
+def test_the_symbolic_step_holds_what_the_real_one_holds(name: str) -> None:
+    """Without the packs themselves, whose unused tables a real step never touches."""
+    config = DecoderConfig(
+        family="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    job = Job(config=config, methods=(METHODS[name](),), dtype=torch.float32)
+    decoder, bank = real_model(job)
+    packs = [job.plain_pack(2, 16)]
+    real, symbolic = follow_step(decoder, bank, AdamW.create(bank), packs), training_memory(job, packs)
+    assert real.by_category(real.peak_index) == symbolic.by_category(symbolic.peak_index)
+    assert real.peak_bytes == symbolic.peak_bytes
+
+
+def test_births_and_deaths() -> None:
+    """Two tensors of 400 and 800 bytes, the first gone before the third of 1200 is born."""
+    tracker = MemoryTracker(Scope(), "cpu", {}, 7)
+    with tracker:
+        first = torch.zeros(100)
+        second = torch.zeros(200)
+        del first
+        third = torch.zeros(300)
+    assert tracker.log.peak_bytes == second.nbytes + third.nbytes
+    assert tracker.log.by_category(tracker.log.peak_index) == {"activations": 2000}
+    assert tracker.log.curves() == {"activations": [400, 1200, 2000]}
