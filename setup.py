@@ -19,7 +19,17 @@ ISA_FLAGS = {
     "avx512": AVX512,
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-PLAIN = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+PLAIN = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 SANITIZE = os.environ.get("PEFTDYNO_SANITIZE", "")
 """Sanitizers of a debugging build, as the compiler's -fsanitize takes them: address,undefined."""
 INSTRUMENT = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []

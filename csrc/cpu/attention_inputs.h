@@ -84,7 +84,7 @@ struct Inputs {
 
   // One array of packed keys or values, for every head.
   Tensor packed() const {
-    const int64_t element = kernels().attention_element(task.bf16);
+    const int64_t element = kernels().operand_bytes(task.bf16);
     return at::empty({heads() * task.padded_keys * task.padded_width * element}, k.options().dtype(at::kByte));
   }
 

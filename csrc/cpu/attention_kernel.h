@@ -3,6 +3,7 @@
 
 #include "attention_plan.h"
 #include "matrix.h"
+#include "scratch.h"
 
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
@@ -19,8 +20,9 @@ static void key_rows(const Attention& a, const KeyBlock& block, int64_t head, bo
   }
 }
 
-template <class Engine, class T>
+template <class T>
 static void pack_keys(const Attention& a, int64_t begin, int64_t end) {
+  using Engine = typename EngineOf<T>::type;
   using E = typename Engine::Element;
   const T* rows[KEY_BLOCK];
   for (int64_t i = begin; i < end; ++i) {
@@ -42,17 +44,6 @@ static void pack_keys(const Attention& a, int64_t begin, int64_t end) {
     pack(a.packed_v, true, false);
   }
 }
-
-// Bytes handed out from a thread's scratch, 64-byte aligned.
-struct Scratch {
-  uint8_t* next;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next);
-    next += padded_to(count * static_cast<int64_t>(sizeof(T)), 64);
-    return p;
-  }
-};
 
 // One task's rows (query i, head g -> row i * groups + g) of a [N, heads * width] matrix.
 template <class T>
@@ -165,8 +156,9 @@ static void forward_task(const Attention& a, const QueryTask& task, Scratch scra
   }
 }
 
-template <class Engine, class T>
+template <class T>
 static void forward_tasks(const Attention& a, int64_t begin, int64_t end, void* scratch) {
+  using Engine = typename EngineOf<T>::type;
   Engine::begin();
   for (int64_t i = begin; i < end; ++i) forward_task<Engine, T>(a, a.tasks[i], {static_cast<uint8_t*>(scratch)});
   Engine::end();
@@ -275,8 +267,9 @@ static void backward_task(const Attention& a, const QueryTask& task, const KeyGr
   }
 }
 
-template <class Engine, class T>
+template <class T>
 static void backward_tasks(const Attention& a, const KeyGradients& target, int64_t begin, int64_t end, void* scratch) {
+  using Engine = typename EngineOf<T>::type;
   Engine::begin();
   for (int64_t i = begin; i < end; ++i)
     backward_task<Engine, T>(a, a.tasks[i], target, {static_cast<uint8_t*>(scratch)});
@@ -319,35 +312,19 @@ static void attention_store_keys(const Attention& a, const KeyGradientRows& to, 
   a.bf16 ? store_keys<bfloat16>(a, to, begin, end) : store_keys<float>(a, to, begin, end);
 }
 
-static int64_t attention_element([[maybe_unused]] bool bf16) {
-#if defined(__AMX_BF16__)
-  if (bf16) return sizeof(bfloat16);
-#endif
-  return sizeof(float);
-}
-
 static void attention_pack(const Attention& a, int64_t begin, int64_t end) {
-#if defined(__AMX_BF16__)
-  if (a.bf16) return pack_keys<AmxEngine, bfloat16>(a, begin, end);
-#endif
-  a.bf16 ? pack_keys<Fp32Engine, bfloat16>(a, begin, end) : pack_keys<Fp32Engine, float>(a, begin, end);
+  a.bf16 ? pack_keys<bfloat16>(a, begin, end) : pack_keys<float>(a, begin, end);
 }
 
 static void attention_forward(const Attention& a, int64_t begin, int64_t end, void* scratch) {
-#if defined(__AMX_BF16__)
-  if (a.bf16) return forward_tasks<AmxEngine, bfloat16>(a, begin, end, scratch);
-#endif
-  a.bf16 ? forward_tasks<Fp32Engine, bfloat16>(a, begin, end, scratch)
-         : forward_tasks<Fp32Engine, float>(a, begin, end, scratch);
+  a.bf16 ? forward_tasks<bfloat16>(a, begin, end, scratch)
+         : forward_tasks<float>(a, begin, end, scratch);
 }
 
 static void attention_backward(const Attention& a, const KeyGradients& target, int64_t begin, int64_t end,
                                void* scratch) {
-#if defined(__AMX_BF16__)
-  if (a.bf16) return backward_tasks<AmxEngine, bfloat16>(a, target, begin, end, scratch);
-#endif
-  a.bf16 ? backward_tasks<Fp32Engine, bfloat16>(a, target, begin, end, scratch)
-         : backward_tasks<Fp32Engine, float>(a, target, begin, end, scratch);
+  a.bf16 ? backward_tasks<bfloat16>(a, target, begin, end, scratch)
+         : backward_tasks<float>(a, target, begin, end, scratch);
 }
 
 }  // namespace PEFTDYNO_ISA

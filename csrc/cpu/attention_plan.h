@@ -11,10 +11,6 @@ namespace peftdyno {
 
 constexpr int64_t KEY_BLOCK = 64;
 
-inline int64_t padded_to(int64_t n, int64_t unit) {
-  return (n + unit - 1) / unit * unit;
-}
-
 // Up to KEY_BLOCK consecutive key rows. `offset` is the number of padded keys before it in the packed arrays.
 struct KeyBlock {
   int64_t row, count, padded, offset;

@@ -8,6 +8,10 @@
 
 namespace peftdyno {
 
+inline int64_t padded_to(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -109,21 +113,9 @@ struct LabelLoss {
   float softcap;
 };
 
-struct Dropout {
-  uint32_t threshold;  // of 65536
-  float scale;         // 1 / (1 - threshold / 65536)
-  uint64_t key;
-  const int64_t* streams;
-};
-
-// target = x * mask, or target += x * mask with `add`.
-struct DropRows {
-  bool bf16, add;
-  int64_t width;
-  Rows x, target;
-  Dropout dropout;
-};
-
+struct Lora;
+struct LoraTerm;
+struct LoraSums;
 struct Attention;
 struct KeyGradients;
 struct KeyGradientRows;
@@ -140,8 +132,13 @@ struct Kernels {
   void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);
   void (*adamw)(const AdamW&, int64_t begin, int64_t end);
   void (*label_loss)(const LabelLoss&, int64_t begin, int64_t end);
-  void (*drop_rows)(const DropRows&, int64_t begin, int64_t end);
-  int64_t (*attention_element)(bool bf16);  // bytes of an operand of its block products
+  int64_t (*operand_bytes)(bool bf16);  // of one element of an operand of the block products
+  void (*lora_pack)(const Lora&, const LoraTerm&, void* scratch);
+  void (*lora_border)(const Lora&, int64_t begin, int64_t end);
+  void (*lora_below)(const Lora&, int64_t begin, int64_t end);
+  void (*lora_forward)(const Lora&, int64_t begin, int64_t end, void* scratch);
+  void (*lora_backward)(const Lora&, int64_t begin, int64_t end, float* gradients, void* scratch);
+  void (*lora_finish)(const Lora&, const LoraSums&, const LoraTerm&, float* da, float* db);
   void (*attention_pack)(const Attention&, int64_t begin, int64_t end);
   void (*attention_forward)(const Attention&, int64_t begin, int64_t end, void* scratch);
   void (*attention_backward)(const Attention&, const KeyGradients&, int64_t begin, int64_t end, void* scratch);

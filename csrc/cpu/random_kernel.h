@@ -3,30 +3,81 @@
 
 #include "simd.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
-struct Words {
-  VecU w[4];
-};
+typedef uint64_t VecW __attribute__((vector_size(4 * PEFTDYNO_LANES)));
+
+// 64-bit products of the even 32-bit lanes. Compilers make a 64-bit by 64-bit product of the plain form.
+PEFTDYNO_INLINE VecW multiply_even(VecU a, VecU b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecW>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecW>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<VecW>(_mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#else
+  return (bit_cast<VecW>(a) & 0xffffffffull) * (bit_cast<VecW>(b) & 0xffffffffull);
+#endif
+}
 
 // High and low halves of each lane's product with m.
 PEFTDYNO_INLINE void multiply(VecU a, uint32_t m, VecU& high, VecU& low) {
-  typedef uint64_t Wide __attribute__((vector_size(4 * PEFTDYNO_LANES)));
-  Wide pairs = bit_cast<Wide>(a);
-  Wide even = (pairs & 0xffffffffull) * static_cast<uint64_t>(m);
-  Wide odd = (pairs >> 32) * static_cast<uint64_t>(m);
+  const VecU factor = m - VecU{};
+  const VecW even = multiply_even(a, factor), odd = multiply_even(bit_cast<VecU>(bit_cast<VecW>(a) >> 32), factor);
   low = bit_cast<VecU>((even & 0xffffffffull) | (odd << 32));
   high = bit_cast<VecU>((even >> 32) | (odd & 0xffffffff00000000ull));
 }
 
-// Counters (first + lane, stream low, stream high, 0).
-PEFTDYNO_INLINE Words philox(uint32_t first, uint64_t stream, uint64_t key) {
-  VecU c0, c1, c2, c3 = {};
-  for (int64_t i = 0; i < LANES; ++i) c0[i] = static_cast<uint32_t>(i);
-  c0 += first;
-  c1 = static_cast<uint32_t>(stream) - VecU{};
-  c2 = static_cast<uint32_t>(stream >> 32) - VecU{};
+// Four vectors of words, a counter a lane, to the words of each counter side by side. A 128-bit part of a vector
+// stays where it is, so lane 4 j + i must hold counter (LANES / 4) i + j for the counters to come out in order.
+struct Together {
+  VecU w[4];
+};
+
+PEFTDYNO_INLINE Together transpose_words(VecU a, VecU b, VecU c, VecU d) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+#define PEFTDYNO_UNPACK(half, x, y) bit_cast<VecU>(_mm512_unpack##half(bit_cast<__m512i>(x), bit_cast<__m512i>(y)))
+#elif defined(__AVX2__)
+#define PEFTDYNO_UNPACK(half, x, y) bit_cast<VecU>(_mm256_unpack##half(bit_cast<__m256i>(x), bit_cast<__m256i>(y)))
+#else
+#define PEFTDYNO_UNPACK(half, x, y) bit_cast<VecU>(_mm_unpack##half(bit_cast<__m128i>(x), bit_cast<__m128i>(y)))
+#endif
+  const VecU ab_low = PEFTDYNO_UNPACK(lo_epi32, a, b), ab_high = PEFTDYNO_UNPACK(hi_epi32, a, b);
+  const VecU cd_low = PEFTDYNO_UNPACK(lo_epi32, c, d), cd_high = PEFTDYNO_UNPACK(hi_epi32, c, d);
+  return {{PEFTDYNO_UNPACK(lo_epi64, ab_low, cd_low), PEFTDYNO_UNPACK(hi_epi64, ab_low, cd_low),
+           PEFTDYNO_UNPACK(lo_epi64, ab_high, cd_high), PEFTDYNO_UNPACK(hi_epi64, ab_high, cd_high)}};
+#undef PEFTDYNO_UNPACK
+#else
+  const VecU words[4] = {a, b, c, d};
+  Together result;
+  for (int64_t i = 0; i < LANES; ++i)
+    for (int64_t w = 0; w < 4; ++w) result.w[i % 4][i / 4 * 4 + w] = words[w][i];
+  return result;
+#endif
+}
+
+typedef uint16_t VecHalves __attribute__((vector_size(4 * PEFTDYNO_LANES)));
+
+PEFTDYNO_INLINE void store_masks(const Together& words, uint16_t threshold, uint16_t* masks) {
+  for (int64_t i = 0; i < 4; ++i) {
+    const VecHalves keep = bit_cast<VecHalves>(bit_cast<VecHalves>(words.w[i]) >= threshold);
+    __builtin_memcpy(masks + i * 2 * LANES, &keep, sizeof keep);
+  }
+}
+
+constexpr int64_t MASK_COLUMNS = 8 * LANES;  // columns that one draw serves
+
+// Masks (0 or 0xffff) of MASK_COLUMNS columns of one token from `column`, a multiple of 8, on.
+PEFTDYNO_INLINE void draw_masks(uint64_t stream, uint64_t key, uint16_t threshold, int64_t column, uint16_t* masks) {
+  VecU c0, c1 = static_cast<uint32_t>(stream) - VecU{}, c2 = static_cast<uint32_t>(stream >> 32) - VecU{}, c3 = {};
+  for (int64_t i = 0; i < LANES; ++i) c0[i] = static_cast<uint32_t>(i % 4 * (LANES / 4) + i / 4);
+  c0 += static_cast<uint32_t>(column / 8);
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 7; ++round) {
     VecU high0, low0, high1, low1;
@@ -39,42 +90,7 @@ PEFTDYNO_INLINE Words philox(uint32_t first, uint64_t stream, uint64_t key) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
-}
-
-// The keep factors (0 or scale) of LANES * 8 columns from `column` (a multiple of it) on, in their order.
-PEFTDYNO_INLINE void keep_factors(const Dropout& d, int64_t row, int64_t column, float* factors) {
-  Words words = philox(static_cast<uint32_t>(column / 8), static_cast<uint64_t>(d.streams[row]), d.key);
-  uint16_t halves[LANES * 8];
-  for (int64_t lane = 0; lane < LANES; ++lane)
-    for (int64_t w = 0; w < 4; ++w) {
-      halves[lane * 8 + 2 * w] = static_cast<uint16_t>(words.w[w][lane]);
-      halves[lane * 8 + 2 * w + 1] = static_cast<uint16_t>(words.w[w][lane] >> 16);
-    }
-  for (int64_t i = 0; i < LANES * 8; ++i) factors[i] = halves[i] >= d.threshold ? d.scale : 0.0f;
-}
-
-template <class T>
-static void drop_rows_rows(const DropRows& a, int64_t begin, int64_t end) {
-  float factors[LANES * 8];
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = row_of<T>(a.x, row);
-    T* target = row_of<T>(a.target, row);
-    for (int64_t column = 0; column < a.width; column += LANES * 8) {
-      keep_factors(a.dropout, row, column, factors);
-      int64_t stop = a.width - column < LANES * 8 ? a.width - column : LANES * 8;
-      for (int64_t i = 0; i < stop; i += LANES) {
-        int64_t left = stop - i;
-        Vec v = load_upto(x + column + i, left) * load(factors + i);
-        if (a.add) v += load_upto(target + column + i, left);
-        store_upto(target + column + i, v, left);
-      }
-    }
-  }
-}
-
-static void drop_rows(const DropRows& a, int64_t begin, int64_t end) {
-  a.bf16 ? drop_rows_rows<bfloat16>(a, begin, end) : drop_rows_rows<float>(a, begin, end);
+  store_masks(transpose_words(c0, c1, c2, c3), threshold, masks);
 }
 
 }  // namespace PEFTDYNO_ISA

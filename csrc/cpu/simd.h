@@ -112,6 +112,27 @@ PEFTDYNO_INLINE void store_upto(T* p, Vec v, int64_t n) {
     store_some(p, v, n);
 }
 
+PEFTDYNO_INLINE VecH load_mask(const uint16_t* mask) {
+  VecH h;
+  __builtin_memcpy(&h, mask, sizeof h);
+  return h;
+}
+
+// v where the mask is 0xffff, zero where it is 0.
+PEFTDYNO_INLINE Vec masked(Vec v, const uint16_t* mask) {
+  const VecU wide = __builtin_convertvector(load_mask(mask), VecU);
+  return bit_cast<Vec>(bit_cast<VecU>(v) & (wide | (wide << 16)));
+}
+
+PEFTDYNO_INLINE void store_masked(float* p, Vec v, const uint16_t* mask) {
+  store(p, masked(v, mask));
+}
+
+PEFTDYNO_INLINE void store_masked(bfloat16* p, Vec v, const uint16_t* mask) {
+  const VecH h = narrow(v) & load_mask(mask);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
 PEFTDYNO_INLINE Vec select(VecI condition, Vec a, Vec b) {
   return condition ? a : b;
 }

@@ -6,7 +6,7 @@
 #include "bank_affine_kernel.h"
 #include "glu_kernel.h"
 #include "label_loss_kernel.h"
-#include "random_kernel.h"
+#include "lora_linear_kernel.h"
 #include "rms_norm_kernel.h"
 #include "rotary_kernel.h"
 
@@ -17,9 +17,27 @@ namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
 const Kernels table = {
-    PEFTDYNO_TEXT(PEFTDYNO_ISA), norm_forward, norm_backward, glu_forward, glu_backward, rotary,
-    bank_affine,                 column_sums,  scale_rows,    adamw,       label_loss,   drop_rows,
-    attention_element,           attention_pack, attention_forward, attention_backward,
+    PEFTDYNO_TEXT(PEFTDYNO_ISA),
+    norm_forward,
+    norm_backward,
+    glu_forward,
+    glu_backward,
+    rotary,
+    bank_affine,
+    column_sums,
+    scale_rows,
+    adamw,
+    label_loss,
+    operand_bytes,
+    lora_pack,
+    lora_border,
+    lora_below,
+    lora_forward,
+    lora_backward,
+    lora_finish,
+    attention_pack,
+    attention_forward,
+    attention_backward,
     attention_store_keys,
 };
 

@@ -27,6 +27,11 @@ def arguments(rows, dtype, runs, module, border, dropout, tokens=None):
     return x, weight, a, b, (scaling, spans, list(runs), dropout, streams, keys), border
 
 
+RUNS = {"one": [0, 63], "single": [0, 1], "empty": [0, 0, 5, 5, 65], "bordered": [0, 100, 100, 300]}
+"""Rows of the runs; a border is used from 256 rows on."""
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("border", [0, 32])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
