@@ -1,4 +1,5 @@
-"""BitFit: trained biases on chosen projections (Ben Zaken et al. 2022), beside those that the base has."""
+"""BitFit: trained biases on chosen projections (Ben Zaken et al. 2022), beside those that the base has.
+y = W x + c + b, with b trained and c the base's own bias, if any (arXiv:2106.10199)."""
 
 from __future__ import annotations
 

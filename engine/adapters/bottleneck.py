@@ -1,5 +1,7 @@
 """Bottleneck adapters, a small MLP on the way to the residual stream: in sequence after attention and MLP (Houlsby
-et al. 2019) or the MLP alone (Pfeiffer et al. 2021), or parallel to them (He et al. 2022, table 1)."""
+et al. 2019) or the MLP alone (Pfeiffer et al. 2021), or parallel to them (He et al. 2022, table 1).
+y = h + s (up f(down z + b) + c), with h the output of attention or MLP and z = h (in sequence) or what entered it
+(parallel) (arXiv:1902.00751, arXiv:2005.00247, arXiv:2110.04366)."""
 
 from __future__ import annotations
 
@@ -36,6 +38,7 @@ class Bottleneck(Method):
     learning_rate: ClassVar[float] = 2e-6
     weight_decay: ClassVar[float] = 1e-3
     per_run: ClassVar[tuple[str, ...]] = ("scaling",)
+    unmergeable: ClassVar[str] = "its activation has no place in the base model"
 
     mode: Mode = "sequential"
     places: tuple[str, ...] = PLACES
@@ -83,9 +86,6 @@ class Bottleneck(Method):
         stacked = (bank.parameters[f"layers.{layer}.{place}.{name}"].to(x.dtype).unbind(0) for name in names)
         pieces = zip(runs.split(x), runs.split(source), bank.methods, *stacked, strict=True)
         return torch.cat([_adapted(*piece) for piece in pieces])
-
-    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
-        raise UserError(f"method '{self.name}' cannot be merged: its activation has no place in the base model")
 
 
 def _adapted(

@@ -1,4 +1,5 @@
-"""Full fine-tuning: every weight of the model is trained; the reference that parameter-efficient methods aim at."""
+"""Full fine-tuning: every weight of the model is trained; the reference that parameter-efficient methods aim at.
+y = (W + dW) x, with dW as large as W and free, for every tensor (Hu et al. 2021, equation 1; arXiv:2106.09685)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""IA3: trained scales on the outputs of projections and on the input of down_proj (Liu et al. 2022, sec. 3.3)."""
+"""IA3: trained scales on the outputs of projections and on the input of down_proj (Liu et al. 2022, sec. 3.3).
+y = l * (W x), and y = W (l * x) at down_proj, with l trained and * entry by entry (arXiv:2205.05638)."""
 
 from __future__ import annotations
 

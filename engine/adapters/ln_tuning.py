@@ -1,4 +1,5 @@
-"""LN-tuning: the weights of the norms are trained and nothing else (Zhao et al. 2024)."""
+"""LN-tuning: the weights of the norms are trained and nothing else (Zhao et al. 2024).
+y = w * x / rms(x), with w trained from the base's weight (arXiv:2312.11420)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """LoRA: W x + s B A drop(x) on chosen projections (Hu et al. 2021); s = alpha / r, or alpha / sqrt(r) (rsLoRA,
-Kalajdzievski 2023).
+Kalajdzievski 2023) (arXiv:2106.09685, arXiv:2312.03732).
 
 Options: DoRA (Liu et al. 2024, eq. 5), LoRA+ (Hayou et al. 2024), the PiSSA start (Meng et al. 2024).
 """

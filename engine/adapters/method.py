@@ -77,6 +77,8 @@ class Method:
     """Fields that a trained adapter does not depend on."""
     peft_type: ClassVar[str | None] = None
     """PEFT's word for the method in an adapter's config; None for a method that is stored in our own form."""
+    unmergeable: ClassVar[str] = "it defines no form folded into the base weights"
+    """Why a method that does not override `merge` cannot be folded."""
 
     def varying(self) -> tuple[str, ...]:
         """The fields that may differ between the runs of a bank, with the values that the others have."""
@@ -179,7 +181,7 @@ class Method:
 
         UserError where the method can't be folded.
         """
-        raise UserError(f"method '{self.name}' cannot be merged into the base weights")
+        raise UserError(f"method '{self.name}' cannot be merged: {self.unmergeable}")
 
     def to_peft(self, bank: AdapterBank, run: int, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Config fields (`peft_type` among them) and tensors of one run under the names of the adapter's file."""

@@ -1,4 +1,5 @@
-"""P-tuning: virtual tokens out of an encoder, an LSTM with an MLP head or an MLP (Liu et al. 2021, section 3.2)."""
+"""P-tuning: virtual tokens out of an encoder, an LSTM with an MLP head or an MLP (Liu et al. 2021, section 3.2).
+logits = model([f(P); E x]), with the encoder f and P [n, D] trained, E x the tokens' embeddings (arXiv:2103.10385)."""
 
 from __future__ import annotations
 
@@ -43,6 +44,7 @@ class PTuning(Encoder):
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str | None] = "P_TUNING"
     per_run: ClassVar[tuple[str, ...]] = ("dropout",)
+    unmergeable: ClassVar[str] = "virtual tokens are not weights"
 
     num_virtual_tokens: int = 100
     encoder: EncoderKind = "lstm"
@@ -126,9 +128,6 @@ class PTuning(Encoder):
     def virtual_embeddings(self, bank: AdapterBank) -> Tensor:
         embeddings: Tensor = bank.state["leaves"][0]
         return embeddings
-
-    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
-        raise UserError(f"method '{self.name}' cannot be merged: virtual tokens are not weights")
 
     def to_peft(self, bank: AdapterBank, run: int, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config, method = bank.config, bank.methods[run]

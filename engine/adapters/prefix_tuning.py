@@ -1,4 +1,6 @@
-"""Prefix tuning: learned keys and values before every sequence in each layer (Li and Liang 2021)."""
+"""Prefix tuning: learned keys and values before every sequence in each layer (Li and Liang 2021).
+y = attention(Q, [P_K; K], [P_V; V]), with P_K and P_V [n, d] of every kv head out of a trained MLP, or trained
+themselves (arXiv:2101.00190)."""
 
 from __future__ import annotations
 
@@ -35,6 +37,7 @@ class PrefixTuning(Encoder):
     name: ClassVar[str] = "prefix-tuning"
     learning_rate: ClassVar[float] = 1e-5
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    unmergeable: ClassVar[str] = "keys and values of a prefix are not weights"
 
     num_virtual_tokens: int = 32
     projection: bool = True
@@ -90,9 +93,6 @@ class PrefixTuning(Encoder):
     def prefix(self, bank: AdapterBank, layer: int) -> tuple[Tensor, Tensor]:
         leaves = bank.state["leaves"]
         return leaves[2 * layer], leaves[2 * layer + 1]
-
-    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
-        raise UserError(f"method '{self.name}' cannot be merged: keys and values of a prefix are not weights")
 
     def to_peft(self, bank: AdapterBank, run: int, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = bank.config

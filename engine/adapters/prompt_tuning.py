@@ -1,4 +1,5 @@
-"""Prompt tuning: learned embeddings of virtual tokens before every sequence (Lester et al. 2021)."""
+"""Prompt tuning: learned embeddings of virtual tokens before every sequence (Lester et al. 2021).
+logits = model([P; E x]), with P [n, D] trained and E x the tokens' embeddings (arXiv:2104.08691)."""
 
 from __future__ import annotations
 
@@ -37,6 +38,7 @@ class PromptTuning(Method):
     learning_rate: ClassVar[float] = 3e-2
     per_run: ClassVar[tuple[str, ...]] = ("init", "text_ids", "init_file")
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    unmergeable: ClassVar[str] = "virtual tokens are not weights"
 
     num_virtual_tokens: int = 100
     init: Init = "vocabulary"
@@ -83,9 +85,6 @@ class PromptTuning(Method):
 
     def virtual_embeddings(self, bank: AdapterBank) -> Tensor:
         return bank.parameters[EMBEDDINGS].flatten(0, 1)
-
-    def merge(self, bank: AdapterBank, run: int, weights: DecoderWeights) -> DecoderConfig:
-        raise UserError(f"method '{self.name}' cannot be merged: virtual tokens are not weights")
 
     def to_peft(self, bank: AdapterBank, run: int, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = bank.config
