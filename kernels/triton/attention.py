@@ -283,7 +283,8 @@ _FORWARD = (
 def _case(name: str, d: int, kind: str = "", store: str = "*bf16", **options: Any) -> Compiled:
     constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32"}
     constants |= {"WINDOW": 0, "CAP": False, "PREFIX": False, "SPLIT": False} | options
-    limits = Limits(registers=255, spills_sm_100=64, matrix=True)
+    spills = 96 if d == 256 else 0  # smaller tiles would not use Hopper's wide products
+    limits = Limits(registers=255, spills=spills, spills_sm_100=64, matrix=True)
     return Compiled(name, _forward, types(_FORWARD, store), constants, limits=limits, tile=f"attention/{kind or d}")
 
 

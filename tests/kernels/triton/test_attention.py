@@ -103,7 +103,7 @@ def both(forest: Forest, shape: Shape, dtype: torch.dtype, device: torch.device)
     agree("attention_backward", attention.reference_backward, arguments)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_attention(case: tuple[Forest, Shape, torch.dtype], device: Any, small_tiles: None) -> None:
     both(*case, device)
 
