@@ -39,12 +39,19 @@ class TokenRow:
         return {"tokens": list(self.tokens), "num_prompt": self.num_prompt}
 
 
+def text_batches(count: int, rows: int, length: int, texts: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Batches of different text, as `text_batch` makes one."""
+    flat = text_batch(count * rows, length, texts)
+    return [flat[i * rows : (i + 1) * rows] for i in range(count)]
+
+
 def text_batch(rows: int, length: int, texts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of real tokens cut out of a text that the examples make when joined, all labelled."""
+    """Rows of real tokens cut out of a text that the examples make when joined, labelled from the second token on:
+    the first has no predecessor, except behind learned positions, which PEFT would count."""
     stream = [token for text in texts for token in text["tokens"]]
     while len(stream) < rows * length:
         stream += stream
-    return [TokenRow(tuple(stream[i * length : (i + 1) * length]), 0).plain() for i in range(rows)]
+    return [TokenRow(tuple(stream[i * length : (i + 1) * length]), 1).plain() for i in range(rows)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,9 @@ CHECK_STEPS = 4
 CHECK_RATE = 2e-4
 """Learning rate of the compared steps: the losses move, and bf16's first steps of AdamW stay close to fp32's."""
 
+CHECK_RATES = {"p-tuning": 1e-5}
+"""Where that rate throws the loss up: through the recurrent encoder one step moves every virtual token far."""
+
 
 def tell(text: str) -> None:
     """Progress goes to standard error."""
@@ -80,11 +83,13 @@ class Sides:
         return str(self.scratch / name)
 
     def check_plain(
-        self, method: str, options: dict[str, Any], batch: list[Any], name: str, steps: int = CHECK_STEPS
+        self, method: str, options: dict[str, Any], batches: list[Any], name: str, steps: int = CHECK_STEPS
     ) -> dict[str, Any]:
-        """Compare steps without dropout by our step and the plain loop; UnequalWork where they differ."""
+        """Compare steps without dropout by our step and the plain loop, over the batches and round again;
+        UnequalWork where they differ."""
         self.tell(f"  {name}: comparing {steps} steps")
-        settings = {"model": self.model, "batches": [batch], "learning_rate": CHECK_RATE}
+        rate = CHECK_RATES.get(method, CHECK_RATE)
+        settings = {"model": self.model, "batches": batches, "learning_rate": rate}
         self.ours.open("ours.steps", **settings, method=method, options=options)
         folder = self.folder(f"check-{name}")
         self.ours.call("save", folder=folder)

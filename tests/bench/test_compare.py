@@ -18,7 +18,7 @@ from peftdyno.bench.compare.link import Worker, WorkerError, WorkerTimeout, thre
 from peftdyno.bench.compare.memory import resident_peak, storage_bytes, traced_peak
 from peftdyno.bench.compare.product_section import product_rows
 from peftdyno.bench.compare.record import Results, section_record
-from peftdyno.bench.compare.rows import in_order, text_batch
+from peftdyno.bench.compare.rows import in_order, text_batch, text_batches
 from peftdyno.bench.compare.table import table
 from peftdyno.bench.compare.turns import Row, in_turns, rates, row_from, timed
 from peftdyno.bench.compare.worker import JOBS, job_class
@@ -317,6 +317,7 @@ def test_text_is_cut_into_full_rows():
     batch = text_batch(4, 10, [{"tokens": list(range(13))}])
     assert [len(row["tokens"]) for row in batch] == [10] * 4
     assert batch[1]["tokens"] == [*range(10, 13), *range(7)]
+    assert text_batches(2, 2, 10, [{"tokens": list(range(13))}]) == [batch[:2], batch[2:]]
 
 
 def test_memory_is_measured():
