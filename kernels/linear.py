@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu
+from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 from peftdyno.kernels.nf4 import Weight, dense
 
@@ -33,9 +33,7 @@ def forward_cost(x: Tensor, weight: Tensor, bias: Tensor | None, spare: int) -> 
     """2 N in out, and one addition an output element with a bias."""
     n, (out, columns) = x.shape[0], weight.shape
     moved = row_bytes(x, weight, bias) + n * out * x.element_size()
-    return OwnedCost(
-        Cost(matrix=2 * n * out * columns, pointwise=0 if bias is None else n * out, bytes=moved)
-    )
+    return OwnedCost(Cost(matrix=2 * n * out * columns, pointwise=0 if bias is None else n * out, bytes=moved))
 
 
 def backward_cost(dy: Tensor, weight: Tensor) -> OwnedCost:
@@ -51,6 +49,7 @@ FORWARD = primitive(
     shape=lambda x, weight, bias, spare: with_spare(x.shape[0], weight.shape[0], spare, x),
     cost=forward_cost,
     **cpu.implementations("linear"),
+    **triton.implementations("linear"),
 )
 BACKWARD = primitive(
     "linear_backward(Tensor dy, Tensor weight) -> Tensor",
@@ -58,6 +57,7 @@ BACKWARD = primitive(
     shape=lambda dy, weight: dy.new_empty(dy.shape[0], weight.shape[1]),
     cost=backward_cost,
     **cpu.implementations("linear_backward"),
+    **triton.implementations("linear_backward"),
 )
 
 
