@@ -99,6 +99,9 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
             row["of_matmul_ceiling"] = row["flops"] / row["seconds"] / top.flops_per_second
             section.add(setting.name, **row)
             release(device)
+    if section.wants("frozen forward and input gradient"):
+        section.add("frozen forward and input gradient", seconds=frozen_step(sizes, device, tiny=tiny))
+        release(device)
     for name, liger in (("HF + PEFT", False), ("HF + PEFT + Liger", True)):
         if section.wants(name) and (not liger or importlib.util.find_spec("liger_kernel")):
             section.add(name, **_hugging_face(sizes, device, liger=liger))
@@ -124,7 +127,7 @@ def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -
     return {"seconds": seconds, "tokens_per_second": pack.num_tokens / seconds, "flops": flops, "peak_bytes": peak}
 
 
-def frozen_step(sizes: Sizes, device: torch.device) -> float:
+def frozen_step(sizes: Sizes, device: torch.device, *, tiny: bool) -> float:
     """Seconds of the frozen model's forward and input gradient: what a method's step is compared with."""
     decoder, bank = model(sizes, [Untuned()], device, bordered=False)
     pack = pack_of(sizes, 1, decoder.config.vocab_size).to(device)
@@ -132,11 +135,9 @@ def frozen_step(sizes: Sizes, device: torch.device) -> float:
 
     def call() -> None:
         bank.begin(1, training=True)
-        losses = decoder.losses(pack, bank)
-        hidden = decoder.weights.embed
-        torch.autograd.grad(losses.sum(), hidden)
+        torch.autograd.grad(decoder.losses(pack, bank).sum(), decoder.weights.embed)
 
-    return times(call, device)
+    return times(call, device, 2 if tiny else STEPS)
 
 
 def _hugging_face(sizes: Sizes, device: torch.device, *, liger: bool) -> dict[str, Any]:
