@@ -48,7 +48,8 @@ class AdamW:
     @classmethod
     def create(cls, bank: AdapterBank) -> AdamW:
         """Zero moments for a bank."""
-        return cls(torch.zeros_like(bank.flat), torch.zeros_like(bank.flat), [0] * bank.num_runs)
+        first, second = (bank.flat.new_zeros(bank.flat.shape) for _ in range(2))
+        return cls(first, second, [0] * bank.num_runs)
 
     def step(
         self,

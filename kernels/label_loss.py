@@ -44,7 +44,7 @@ def reference(
 
 
 def _shape(x: Tensor, head: Tensor, targets: Tensor, softcap: float, need: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], dtype=torch.float32), (torch.empty_like(x) if need else x.new_empty(0))
+    return x.new_empty(x.shape[0], dtype=torch.float32), (x.new_empty(x.shape) if need else x.new_empty(0))
 
 
 def cost(x: Tensor, head: Tensor, targets: Tensor, softcap: float, need_gradient: bool) -> OwnedCost:
@@ -75,7 +75,7 @@ def _scale_cost(gradient: Tensor, dloss: Tensor) -> OwnedCost:
 SCALE_ROWS = primitive(
     "scale_rows(Tensor x, Tensor factors) -> Tensor",
     reference=lambda x, factors: (x.float() * factors[:, None]).to(x.dtype),
-    shape=lambda x, factors: torch.empty_like(x),
+    shape=lambda x, factors: x.new_empty(x.shape),
     cost=_scale_cost,
     **cpu.implementations("scale_rows"),
     **triton.implementations("scale_rows"),

@@ -132,7 +132,7 @@ def _backward_shape(
     dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     dx = dy.new_empty((dy.shape[0], weight.shape[1]) if rest[-1] else (0,))
-    return dx, [torch.empty_like(t) for t in a], [torch.empty_like(t) for t in b]
+    return dx, [t.new_empty(t.shape) for t in a], [t.new_empty(t.shape) for t in b]
 
 
 def _low_rank(

@@ -77,7 +77,7 @@ def _weight_gradient(products: Tensor, weight: Tensor, run_offsets: Sequence[int
 
 
 def _forward_shape(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    h = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
     return with_spare(x.shape[0], x.shape[1], rest[-1], x), h, x.new_empty(x.shape[0], dtype=torch.float32)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from peftdyno.engine.accounting.conventions import full_square_extra
+from peftdyno.engine.accounting.dispatch_mode import DispatchMode
 from peftdyno.engine.accounting.formulas import FORMULAS
 from peftdyno.engine.accounting.scope import Owner, Scope
 from peftdyno.engine.accounting.tally import Place, Tally
@@ -18,11 +17,11 @@ class UnknownOperator(RuntimeError):
     """An operator ran that has no cost formula."""
 
 
-class Counter(TorchDispatchMode):
+class Counter(DispatchMode):
     """Counts while it is entered; it may be entered again and goes on with the same tally."""
 
     def __init__(self, scope: Scope, tally: Tally | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.scope = scope
         self.tally = Tally() if tally is None else tally
 

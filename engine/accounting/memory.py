@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftdyno.engine.accounting.dispatch_mode import DispatchMode
 from peftdyno.engine.accounting.formulas import tensors
 from peftdyno.engine.accounting.scope import Phase, Scope
 from peftdyno.engine.accounting.workspace import workspace
@@ -89,7 +89,7 @@ class MemoryLog:
         return {name: curve for name, curve in curves.items() if any(curve)}
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(DispatchMode):
     """Follows storages while it is entered, and may be entered again.
 
     `kept` are the tensors that exist already, by category; logits are known by their `vocabulary` columns. `runs_on`
@@ -107,7 +107,7 @@ class MemoryTracker(TorchDispatchMode):
         symbolic: bool = False,
         probe: bool = False,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.scope = scope
         self.runs_on = runs_on
         self.probe = probe

@@ -11,6 +11,7 @@ from peftdyno.engine.accounting.memory import Category, MemoryLog, MemoryTracker
 from peftdyno.engine.accounting.predict import Job, run_step
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.accounting.symbolic import SymbolicCounter
+from peftdyno.engine.accounting.tally import Tally
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.optim import AdamW
@@ -18,7 +19,11 @@ from peftdyno.engine.pack import Pack
 
 
 def held(
-    decoder: Decoder, bank: AdapterBank, optimizer: AdamW | None, others: Iterable[Tensor] = ()
+    decoder: Decoder,
+    bank: AdapterBank,
+    optimizer: AdamW | None,
+    packs: Sequence[Pack] = (),
+    others: Iterable[Tensor] = (),
 ) -> dict[Category, list[Tensor]]:
     """The tensors that outlive a step, by category; `others` are further copies of the masters."""
     derived = [t for value in bank.buffers.values() for t in _nested(value)]
@@ -26,8 +31,17 @@ def held(
         "base weights": decoder.weights.tensors(),
         "adapter": [bank.flat, *derived, *others],
         "gradients": [bank.gradient],
+        "inputs": [tensor for pack in packs for tensor in pack_tensors(pack)],
     }
     return found if optimizer is None else found | {"optimizer": [optimizer.first, optimizer.second]}
+
+
+def pack_tensors(pack: Pack) -> list[Tensor]:
+    """The arrays of a pack that lie where the model runs."""
+    labels, runs = pack.labels, (pack.runs, pack.labels.row_runs)
+    found = [pack.tokens, pack.positions, pack.virtual_rows, pack.virtual_index]
+    found += [labels.index, labels.target, labels.weight, labels.rows, labels.place]
+    return found + [r.streams for r in runs if r.streams is not None]
 
 
 def _nested(value: object) -> list[Tensor]:
@@ -41,22 +55,28 @@ def training_memory(job: Job, packs: Sequence[Pack], *, probe: bool = False) -> 
 
     With `probe` also the scratch of the CPU's matrix library, measured on this machine.
     """
+    return step_prediction(job, packs, probe=probe)[1]
+
+
+def step_prediction(job: Job, packs: Sequence[Pack], *, probe: bool = False) -> tuple[Tally, MemoryLog]:
+    """Costs and memory of one training step, from one symbolic run."""
     scope = Scope()
     decoder, bank = job.model(scope)
     optimizer, best = AdamW.create(bank), bank.flat.clone()
-    kept = held(decoder, bank, optimizer, [best])
-    tracker = MemoryTracker(scope, job.device, kept, job.config.vocab_size, symbolic=True, probe=probe)
     placed = [pack.to(decoder.device) for pack in packs]
+    kept = held(decoder, bank, optimizer, placed, [best])
+    tracker = MemoryTracker(scope, job.device, kept, job.config.vocab_size, symbolic=True, probe=probe)
+    counter = SymbolicCounter(scope, job.device)
     with tracker:
-        run_step(decoder, bank, optimizer, placed, Ledger(scope, counter=SymbolicCounter(scope, job.device)))
-    return tracker.log
+        run_step(decoder, bank, optimizer, placed, Ledger(scope, counter=counter))
+    return counter.tally, tracker.log
 
 
 def follow_step(
     decoder: Decoder, bank: AdapterBank, optimizer: AdamW, packs: Sequence[Pack], *, probe: bool = False
 ) -> MemoryLog:
     """The memory of a step that really runs, which updates nothing at rate 0."""
-    kept = held(decoder, bank, optimizer, [bank.flat.clone()])
+    kept = held(decoder, bank, optimizer, packs, [bank.flat.clone()])
     tracker = MemoryTracker(decoder.scope, decoder.device.type, kept, decoder.config.vocab_size, probe=probe)
     with tracker:
         run_step(decoder, bank, optimizer, packs, Ledger(decoder.scope, on=False))

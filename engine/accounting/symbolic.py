@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.engine.accounting.counting import Counter
+from peftdyno.engine.accounting.quick_shapes import quick_shape
 from peftdyno.engine.accounting.scope import Scope
 
 
@@ -34,6 +35,10 @@ class SymbolicCounter(Counter):
                 if self.device != "cpu":
                     self.charge(func, args, result)
                 return result
+        result = quick_shape(func, args, kwargs or {})
+        if result is not None:
+            self.charge(func, args, result)
+            return result
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

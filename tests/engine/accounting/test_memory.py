@@ -34,10 +34,8 @@ def measured_peak(job: Job, packs: list) -> int:
     gc.collect()
     with memory.AllocatorPeak() as allocator:
         run_step(decoder, bank, optimizer, packs, Ledger(on=False))
-    tracker = MemoryTracker(Scope(), "cpu", held(decoder, bank, optimizer, [best]), 0)
-    used = [(p.tokens, p.positions, p.labels.target, p.labels.weight, p.labels.rows, p.labels.place) for p in packs]
-    inputs = sum(t.nbytes for tensors in used for t in tensors)
-    return sum(block.nbytes for block in tracker.log.blocks) + inputs + allocator.peak_bytes
+    tracker = MemoryTracker(Scope(), "cpu", held(decoder, bank, optimizer, packs, [best]), 0)
+    return sum(block.nbytes for block in tracker.log.blocks) + allocator.peak_bytes
 
 
 def wide(config: DecoderConfig, **changes: object) -> DecoderConfig:
@@ -60,7 +58,6 @@ def test_predicted_peak_is_within_a_hundredth(method: Method, data: st.DataObjec
 
 @pytest.mark.parametrize("name", ["lora", "full", "prefix-tuning"])
 def test_the_symbolic_step_holds_what_the_real_one_holds(name: str) -> None:
-    """Without the packs themselves, whose unused tables a real step never touches."""
     config = DecoderConfig(
         family="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
