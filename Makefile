@@ -24,7 +24,7 @@ print("CPU kernels:", "compiled C++" if AVAILABLE else "PyTorch operations, as t
 endef
 export KERNELS_IN_USE
 
-.PHONY: run test golden lint check tree bench-cpu sanitize clean FORCE
+.PHONY: run test golden lint check tree bench-cpu aot gpu clean FORCE
 
 run: $(READY)
 	$(BIN)/peftdyno demo
@@ -35,6 +35,14 @@ test: $(READY)
 # The losses that tests/test_tiny.py holds later versions to.
 golden: $(READY)
 	PEFTDYNO_GOLDEN=write $(BIN)/pytest tests/test_tiny.py
+
+# Every Triton kernel compiled for sm_80, sm_90 and sm_100 without a GPU: registers, spills, shared memory, limits.
+aot: $(READY)
+	$(PIP) install -c $(VENV)/constraints 'triton>=3.6'
+	$(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot.json
+
+gpu:
+	bench/gpu.sh $(ARGS)
 
 # Side by side with transformers + PEFT and the HF Trainer; ARGS='--only step-128' for a part.
 bench-cpu: $(READY)
