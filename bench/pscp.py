@@ -23,9 +23,7 @@ ExtraFactor = tuple[float, float, float]
 
 def _check(name: str, value: float, *, positive: bool = False, most: float = math.inf) -> None:
     """Refuses what is not a finite number in [0, most], or (0, most] when `positive`."""
-    allowed = f"{'above' if positive else 'at least'} 0" + (
-        "" if most == math.inf else f" and at most {most:g}"
-    )
+    allowed = f"{'above' if positive else 'at least'} 0" + ("" if most == math.inf else f" and at most {most:g}")
     if not math.isfinite(value) or value < 0 or value > most or (positive and value == 0):
         raise UserError(f"{name} is {value}; it must be a finite number {allowed}")
 
@@ -75,9 +73,7 @@ def factors(
     field, for a value that is negative or not finite.
     """
     costs = {"parameters": parameters, "tflop": tflop, "memory_gb": memory_gb}
-    terms = {
-        name: (value, getattr(constants, name), getattr(exponents, name)) for name, value in costs.items()
-    }
+    terms = {name: (value, getattr(constants, name), getattr(exponents, name)) for name, value in costs.items()}
     terms |= {f"extra[{index}]": triple for index, triple in enumerate(extra)}
     for name, (value, constant, exponent) in terms.items():
         _check(name, value)
@@ -134,9 +130,7 @@ def _runs(name: str, values: ArrayLike, shape: tuple[int, ...] | None = None) ->
         wanted = "[tasks, seeds]" if shape is None else f"{list(shape)} like the scores, or one number"
         raise UserError(f"{name} has shape {list(array.shape)}; it must be {wanted}")
     if not np.isfinite(array).all() or (array < 0).any():
-        raise UserError(
-            f"{name} holds a negative, missing or infinite value; give one finite number for every run"
-        )
+        raise UserError(f"{name} holds a negative, missing or infinite value; give one finite number for every run")
     return array
 
 
@@ -147,22 +141,14 @@ def _resampled(
     tasks, seeds = shape
     for name, count in (("tasks", tasks), ("seeds", seeds)):
         if name in over and count < 2:
-            raise UserError(
-                f"over names {name}, but there is only one; a single one carries no spread to resample"
-            )
+            raise UserError(f"over names {name}, but there is only one; a single one carries no spread to resample")
     if not over or set(over) - {"tasks", "seeds"}:
         raise UserError(f"over is {tuple(over)}; it must name 'tasks', 'seeds' or both")
     generator = np.random.default_rng(seed)
     # The tasks are drawn first, so methods of different numbers of seeds still share their draws of tasks.
-    task = (
-        generator.integers(tasks, size=(draws, tasks))
-        if "tasks" in over
-        else np.tile(np.arange(tasks), (draws, 1))
-    )
+    task = generator.integers(tasks, size=(draws, tasks)) if "tasks" in over else np.tile(np.arange(tasks), (draws, 1))
     full = (draws, tasks, seeds)
-    seed_index = (
-        generator.integers(seeds, size=full) if "seeds" in over else np.broadcast_to(np.arange(seeds), full)
-    )
+    seed_index = generator.integers(seeds, size=full) if "seeds" in over else np.broadcast_to(np.arange(seeds), full)
     return np.broadcast_to(task[:, :, None], full), seed_index
 
 

@@ -105,8 +105,7 @@ def all_exponents() -> Section:
             values = tables.corrected(table.exponents, merged=merged)
             after, before = ranks(values), ranks(tables.printed_pscp(table.exponents))
             cells = [
-                f"{values[m]:.2f}" + (f" ({before[m]}→{after[m]})" if after[m] != before[m] else "")
-                for m in methods
+                f"{values[m]:.2f}" + (f" ({before[m]}→{after[m]})" if after[m] != before[m] else "") for m in methods
             ]
             lines.append([setting(table.exponents), *cells])
         return lines

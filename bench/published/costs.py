@@ -186,9 +186,7 @@ def exact_flop(
     return _base_flop(done) + adapter
 
 
-def exact_tflop(
-    method: str, convention: Convention, *, merged: bool = False, phase: Phase = "forward"
-) -> float:
+def exact_tflop(method: str, convention: Convention, *, merged: bool = False, phase: Phase = "forward") -> float:
     """`exact_flop` in units of 1e12."""
     return exact_flop(method, convention, merged=merged, phase=phase) / 1e12
 

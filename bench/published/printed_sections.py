@@ -14,9 +14,7 @@ def reproduction() -> Section:
     rows = []
     for table in published().tables:
         ours = tables.reproduced(table)
-        cells = [
-            f"{v:.2f}" if ours[m] == v else f"{v:.2f} (ours {ours[m]:.2f})" for m, v in table.pscp.items()
-        ]
+        cells = [f"{v:.2f}" if ours[m] == v else f"{v:.2f} (ours {ours[m]:.2f})" for m, v in table.pscp.items()]
         rows.append([setting(table.exponents), *cells])
     bitfit = " and ".join(
         f"{tables.reproduced(table)['bitfit']:.2f} at exponents {setting(table.exponents)}"

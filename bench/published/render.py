@@ -82,9 +82,7 @@ def page() -> str:
         "",
     ]
     return (
-        "\n".join(
-            head + [line for section in (part() for part in PARTS) for line in _markdown(section)]
-        ).rstrip()
+        "\n".join(head + [line for section in (part() for part in PARTS) for line in _markdown(section)]).rstrip()
         + "\n"
     )
 
@@ -97,9 +95,7 @@ def write_page(path: str | Path) -> None:
 
 def text() -> str:
     """The same content as plain text, for a terminal."""
-    return (
-        "\n".join(line for section in (part() for part in PARTS) for line in _text(section)).rstrip() + "\n"
-    )
+    return "\n".join(line for section in (part() for part in PARTS) for line in _text(section)).rstrip() + "\n"
 
 
 def _tables_json() -> list[dict[str, Any]]:
@@ -164,7 +160,5 @@ def as_json() -> dict[str, Any]:
             "merged": tables.rank_changes(merged=True),
             "unmerged": tables.rank_changes(merged=False),
         },
-        "rank_stability": dataclasses.asdict(
-            rank_stability(inputs, exponent_grid(), constants=published().constants)
-        ),
+        "rank_stability": dataclasses.asdict(rank_stability(inputs, exponent_grid(), constants=published().constants)),
     }

@@ -109,8 +109,6 @@ def published() -> Published:
         inference_tflop={name: row["inference_tflop"] for name, row in inputs.items()},
         memory_gb={name: row["memory_gb"] for name, row in inputs.items()},
         tables=tuple(PrintedTable(_exponents(row["beta"]), row["pscp"]) for row in data["pscp_tables"]),
-        bitfit=tuple(
-            PrintedTable(_exponents(row["beta"]), {"bitfit": row["pscp"]}) for row in data["pscp_bitfit"]
-        ),
+        bitfit=tuple(PrintedTable(_exponents(row["beta"]), {"bitfit": row["pscp"]}) for row in data["pscp_bitfit"]),
         scores=data["scores"],
     )

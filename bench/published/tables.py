@@ -18,8 +18,7 @@ def reproduced(table: PrintedTable) -> dict[str, float]:
     """PSCP of a printed table's methods from the printed inputs, to the printed two decimals."""
     constants = published().constants
     return {
-        method: round(published().printed_inputs(method).pscp(table.exponents, constants), 2)
-        for method in table.pscp
+        method: round(published().printed_inputs(method).pscp(table.exponents, constants), 2) for method in table.pscp
     }
 
 
@@ -65,23 +64,17 @@ def corrected_inputs(
     )
 
 
-def corrected(
-    exponents: Exponents = ALL_ONE, *, merged: bool, convention: Convention = "full"
-) -> dict[str, float]:
+def corrected(exponents: Exponents = ALL_ONE, *, merged: bool, convention: Convention = "full") -> dict[str, float]:
     """PSCP of every method with published scores, from corrected inputs."""
     return {
-        method: corrected_inputs(method, merged=merged, convention=convention).pscp(
-            exponents, published().constants
-        )
+        method: corrected_inputs(method, merged=merged, convention=convention).pscp(exponents, published().constants)
         for method in published().scored
     }
 
 
 def printed_pscp(exponents: Exponents = ALL_ONE) -> dict[str, float]:
     """PSCP of the same methods from the printed inputs, not rounded."""
-    return {
-        m: published().printed_inputs(m).pscp(exponents, published().constants) for m in published().scored
-    }
+    return {m: published().printed_inputs(m).pscp(exponents, published().constants) for m in published().scored}
 
 
 def mlp_encoder(inputs: Inputs) -> Inputs:
