@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from peftdyno.bench.compare import product_section, step_sections, task_sections
 from peftdyno.bench.compare.equal_work import UnequalWork
-from peftdyno.bench.compare.link import WorkerError
+from peftdyno.bench.compare.link import WorkerError, available_cores
 from peftdyno.bench.compare.record import Results, section_record
 from peftdyno.bench.compare.rows import task_rows
 from peftdyno.bench.compare.sides import Plan, Sides, tell
@@ -71,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
                        "section has its own")  # fmt: skip
     found.add_argument("--data", type=Path, help="folder of <task>/<split> files; generated tasks stand in without it")
     found.add_argument("--model", default="smollm2-135m")
-    found.add_argument("--threads", type=_positive, default=_cores(), help="of each side; all cores by default")
+    found.add_argument(
+        "--threads", type=_positive, default=available_cores(), help="of each side; all cores by default"
+    )
     found.add_argument("--compile-seconds", type=float, default=Plan.compile_seconds, help="time for torch.compile")
     found.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON record, %(default)s by default")
     return found
@@ -137,11 +138,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

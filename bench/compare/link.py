@@ -22,6 +22,11 @@ class WorkerTimeout(WorkerError):
     """A worker did not answer in time; it has been ended."""
 
 
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def thread_environment(threads: int) -> dict[str, str]:
     """Variables under which both sides run: as many threads, and none that spins while the other side's turn is.
 

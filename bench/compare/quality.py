@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from peftdyno.bench import machine
-from peftdyno.bench.compare.link import Worker, WorkerError, thread_environment
+from peftdyno.bench.compare.link import Worker, WorkerError, available_cores, thread_environment
+from peftdyno.bench.compare.record import module_command
 from peftdyno.bench.compare.rows import TaskRows, in_order, task_rows
 from peftdyno.bench.compare.sides import tell
 from peftdyno.bench.compare.step_sections import DROPOUT, LORA
@@ -231,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--dropout", type=float, default=DROPOUT)
     found.add_argument("--seeds", default="42,123,456")
     found.add_argument("--limit-test", type=int, help="test rows; all by default")
-    found.add_argument("--threads", type=int, default=2)
+    found.add_argument("--threads", type=int, default=available_cores())
     found.add_argument("--out", type=Path, default=Path("docs/results/sst2-lora"), help="without .md and .json")
     return found
 
@@ -266,7 +267,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": machine.command(),
+        "command": module_command("peftdyno.bench.compare.quality"),
         "versions": machine.versions(),
         "machine": {**machine.machine(), "threads": options.threads},
         "git": machine.git(),

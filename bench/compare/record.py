@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +18,11 @@ from peftdyno.engine.errors import UserError
 SCHEMA_VERSION = 1
 
 
+def module_command(module: str) -> str:
+    """The command line of this process, which runs a module."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
 def section_record(
     rows: Sequence[Row], seconds: float, error: str, settings: Mapping[str, Any], threads: int
 ) -> dict[str, Any]:
@@ -23,7 +30,7 @@ def section_record(
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
-        "command": machine.command(),
+        "command": module_command("peftdyno.bench.compare"),
         "versions": machine.versions(),
         "machine": {**machine.machine(), "threads": threads},
         "git": machine.git(),
