@@ -14,7 +14,7 @@ from torch import Tensor
 from peftdyno.engine.accounting.library_scratch import MATMULS, product_scratch
 from peftdyno.kernels import cpu, dispatch
 from peftdyno.kernels.label_loss import CHUNK_ROWS
-from peftdyno.kernels.library import COSTS, PRIMITIVES
+from peftdyno.kernels.library import COSTS, PRIMITIVES, row_bytes
 
 KEY_BLOCK, TASK_ROWS, LORA_ROWS, LORA_STRIP = 64, 96, 64, 128
 """Keys of a block, query rows of a task, tokens of a block and columns of a strip in the CPU kernels."""
@@ -33,7 +33,11 @@ def workspace(namespace: str, operator: str, arguments: Sequence[Any], device: s
     implementations = PRIMITIVES[operator].implementations
     if device == "cpu" and dispatch.choose(operator, implementations, torch.device("cpu")) == "cpu":
         library = _library(operator, arguments) if probe else 0
-        return library + (_CPU[operator](*arguments) if operator in _CPU else 0)
+        if operator == "label_loss":
+            return _label_loss(*arguments) + library
+        if operator == "lora_linear_backward":
+            return _lora_backward(*arguments, library=library)
+        return max(library, _CPU[operator](*arguments) if operator in _CPU else 0)
     owned = COSTS[operator](*arguments)
     return max(owned.base.workspace, owned.adapter.workspace)
 
@@ -133,21 +137,28 @@ def _lora(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Sequence
 
 
 def _lora_backward(
-    dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *_: Any
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *_: Any,
+    library: int = 0,
 ) -> int:
-    """Both factors packed, each thread's sums of their gradients in fp32, and the threads' scratch."""
+    """Both factors packed, each thread's sums of their gradients in fp32, and the threads' scratch, which is gone when
+    the library multiplies; the gradients themselves are made last, when only the sums are left."""
     threads = min(torch.get_num_threads(), -(-x.shape[0] // 32))
     elements = sum(_low_rank_operands(a, b))
-    return elements * (_operand_bytes(x.dtype) + 4 * threads) + _lora_scratch(a, x.shape[0])
+    kept = elements * (_operand_bytes(x.dtype) + 4 * threads)
+    return max(0, kept + max(library, _lora_scratch(a, x.shape[0])) - row_bytes(*a, *b))
 
 
 _CPU: dict[str, Callable[..., int]] = {
-    "label_loss": _label_loss,
     "attention": _attention,
     "attention_backward": _attention_backward,
     "rms_norm_backward": _rms_norm_backward,
     "glu_backward": _glu_backward,
     "bank_column_sums": _column_sums,
     "lora_linear": _lora,
-    "lora_linear_backward": _lora_backward,
 }
