@@ -66,12 +66,13 @@ def command(
 
 def _next_steps(where: Path, method: str, task: str) -> None:
     adapter = where / "runs" / method / task / "seed-42" / "adapter"
-    print(
-        f"""
-Next:
-  open {where / "report.html"}                        the same figures with plots
-  peftdyno inspect --task {task}                     what the model was asked, to the token
-  peftdyno eval --adapter {adapter} --task {task} --out runs/eval
-  peftdyno train --task sst2 --data DIR --steps 300 --batch 8 --out runs/sst2
-  peftdyno -h                                         everything else"""
+    lines = (
+        ("the same figures with plots", f"open {where / 'report.html'}"),
+        ("what the model was asked, to the token", f"peftdyno inspect --task {task}"),
+        ("the tuned model again", f"peftdyno eval --adapter {adapter} --task {task} --out runs/eval"),
+        ("your own run", "peftdyno train --task sst2 --data DIR --steps 300 --batch 8 --out runs/sst2"),
+        ("everything else", "peftdyno -h"),
     )
+    print("\nNext:")
+    for what, line in lines:
+        print(f"  {line}  # {what}")
