@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftdyno.engine.accounting.ledger import WARM_UP_STEPS, Ledger
+from peftdyno.engine.accounting.memory_predict import training_memory
 from peftdyno.engine.accounting.predict import Job, training_step
 from peftdyno.engine.accounting.scope import Phase
 from peftdyno.engine.accounting.tally import Tally, nested
@@ -25,10 +26,10 @@ def summary(ledger: Ledger) -> dict[str, Any]:
 
     `flops`: {predicted, counted: {phase: {owner: integer}}, conventions}, of the sampled steps, which must be equal.
     `flops_by_class`: the same by class, `matrix_full` being matrix FLOPs under the full-square convention.
-    `time`: {phase: {median, p10, p90, total, count}} in seconds over the timed
-    steps after warm-up. `steps`: how many there were of each kind.
+    `memory`: {predicted_peak_bytes, predicted_by_category} of the largest packs. `time`: {phase: {median, p10, p90,
+    total, count}} in seconds over the timed steps after warm-up. `steps`: how many there were of each kind.
     """
-    return {**_flops(ledger), "time": times(ledger), "steps": _steps(ledger)}
+    return {**_flops(ledger), "memory": predicted_memory(ledger), "time": times(ledger), "steps": _steps(ledger)}
 
 
 def _steps(ledger: Ledger) -> dict[str, Any]:
@@ -87,18 +88,36 @@ def figures(tally: Tally) -> dict[str, dict[str, int]]:
 
 def predicted_tally(ledger: Ledger, steps: Sequence[int]) -> Tally:
     """Costs of the given steps, predicted from the shapes of their packs."""
+    job, total = _job(ledger), Tally()
+    for shapes, times_seen in Occurrences(ledger.packs[step] for step in steps).items():
+        step_tally = training_step(job, [shape.pack() for shape in shapes])
+        for _ in itertools.repeat(None, times_seen):
+            total.merge(step_tally)
+    return total
+
+
+def predicted_memory(ledger: Ledger) -> dict[str, Any]:
+    """Peak of the training step whose packs are the largest, in tokens or in labels; on the CPU with the scratch of
+    its matrix library, which is measured. Empty where no step was finished."""
+    shapes = {shape for step in ledger.packs for shape in step}
+    if ledger.subject is None or not shapes:
+        return {}
+    largest = {max(shapes, key=lambda s: (s.num_tokens, s.num_labels)), max(shapes, key=lambda s: s.num_label_rows)}
+    logs = [training_memory(_job(ledger), [shape.pack()], probe=True) for shape in largest]
+    highest = max(logs, key=lambda log: log.peak_bytes)
+    return {
+        "predicted_peak_bytes": highest.peak_bytes,
+        "predicted_by_category": highest.by_category(highest.peak_index),
+    }
+
+
+def _job(ledger: Ledger) -> Job:
     subject = ledger.subject
     assert subject is not None, "the ledger does not know whose costs it holds"
-    job = Job(
+    return Job(
         config=subject.config,
         methods=subject.methods,
         dtype=subject.dtype,
         device=subject.device.type,
         quant=subject.quant,
     )
-    total = Tally()
-    for shapes, times_seen in Occurrences(ledger.packs[step] for step in steps).items():
-        step_tally = training_step(job, [shape.pack() for shape in shapes])
-        for _ in itertools.repeat(None, times_seen):
-            total.merge(step_tally)
-    return total
