@@ -28,6 +28,7 @@ PLAIN = [
     "-Wall",
     "-Wextra",
     "-Wno-psabi",
+    "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]
 SANITIZE = os.environ.get("PEFTDYNO_SANITIZE", "")

@@ -6,7 +6,8 @@ namespace {
 
 // An upper bound of what a task takes from its scratch.
 int64_t forward_bytes(const Attention& a) {
-  return a.task_rows * (a.padded_width + KEY_BLOCK) * 8 + a.task_rows * 8 + 6 * 64;
+  const int64_t wider = std::max(a.padded_width, KEY_BLOCK);
+  return a.task_rows * (4 * a.padded_width + KEY_BLOCK + wider + 4) * 4 + KEY_BLOCK * a.padded_width * 4 + 16 * 64;
 }
 
 }  // namespace
@@ -20,10 +21,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Tensor lse = at::zeros({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   task.out = rows_of(out);
   task.lse = lse.data_ptr<float>();
-  const Tensor packed_k = in.packed(), packed_v = in.packed();
-  task.packed_k_transposed = packed_k.data_ptr();
-  task.packed_v = packed_v.data_ptr();
-  in.pack();
+  const Tensor v_transposed = in.transposes();
+  task.v_transposed = v_transposed.data_ptr();
+  in.transpose();
   const int64_t threads = useful_threads(in.plan);
   const Tensor scratch = in.scratch(threads, forward_bytes(task));
   in.for_shares(threads, [&](int64_t thread, int64_t begin, int64_t end) {

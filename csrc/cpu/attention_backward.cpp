@@ -12,7 +12,8 @@ namespace {
 
 // An upper bound of what a task takes from its scratch.
 int64_t backward_bytes(const Attention& a) {
-  return a.task_rows * (4 * a.padded_width + 3 * KEY_BLOCK + 2 * KEY_BLOCK + a.padded_width + 2) * 4 + 12 * 64;
+  const int64_t wider = std::max(a.padded_width, KEY_BLOCK);
+  return a.task_rows * (6 * a.padded_width + 4 * KEY_BLOCK + wider + 3) * 4 + KEY_BLOCK * a.padded_width * 4 + 20 * 64;
 }
 
 // The span of padded keys that tasks begin to end - 1 of one head read.
@@ -87,12 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, co
   task.lse = lse.data_ptr<float>();
   task.dq = rows_of(dqkv);
   task.dq_head_stride = width;
-  const Tensor packed_kt = in.packed(), packed_k = in.packed(), packed_vt = in.packed();
-  task.packed_k_transposed = packed_kt.data_ptr();
-  task.packed_k = packed_k.data_ptr();
-  task.packed_v_transposed = packed_vt.data_ptr();
-  in.pack();
-
+  const Tensor k_transposed = in.transposes();
+  task.k_transposed = k_transposed.data_ptr();
+  in.transpose();
   const int64_t threads = useful_threads(in.plan);
   const Tensor scratch = in.scratch(threads, backward_bytes(task));
   Tensor all_k = at::zeros({key_heads, task.padded_keys * d}, q.options().dtype(at::kFloat)), all_v = at::zeros_like(all_k);

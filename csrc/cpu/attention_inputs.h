@@ -82,15 +82,18 @@ struct Inputs {
 
   int64_t heads() const { return k.size(1); }
 
-  // One array of packed keys or values, for every head.
-  Tensor packed() const {
+  // Memory for the transposes of the keys or the values, for every head.
+  Tensor transposes() const {
     const int64_t element = kernels().operand_bytes(task.bf16);
     return at::empty({heads() * task.padded_keys * task.padded_width * element}, k.options().dtype(at::kByte));
   }
 
-  void pack() const {
-    at::parallel_for(0, heads() * task.num_blocks, 4,
-                     [&](int64_t begin, int64_t end) { kernels().attention_pack(task, begin, end); });
+  void transpose() const {
+    const int64_t threads = at::get_num_threads(), bytes = padded_to(2 * KEY_BLOCK * task.padded_width * 4 + 128, 64);
+    const Tensor room = scratch(threads, bytes);
+    at::parallel_for(0, heads() * task.num_blocks, 4, [&](int64_t begin, int64_t end) {
+      kernels().attention_transpose(task, begin, end, room.data_ptr<uint8_t>() + at::get_thread_num() * bytes);
+    });
   }
 
   Tensor scratch(int64_t threads, int64_t bytes) const {

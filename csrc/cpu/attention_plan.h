@@ -46,15 +46,13 @@ struct Attention {
   float* lse;  // [H, N]
   int64_t num_queries;
   int64_t task_rows;  // padded number of rows of the largest task
-  void* packed_k_transposed;
-  void* packed_k;
-  void* packed_v_transposed;
-  void* packed_v;
+  void* k_transposed;  // left operands [padded_width, padded] of each block; null where not wanted
+  void* v_transposed;
   Rows dout, dq;
   int64_t dq_head_stride;
 };
 
-// Where one thread's backward pass adds the gradients of keys and values: fp32 [padded_width, padded] for each block.
+// Where one thread's backward pass adds the gradients of keys and values: fp32 [padded, padded_width] for each block.
 // Head `shared_head` goes to `own`, whose blocks start at `own_offset`; the others go to their place in `all`.
 struct KeyGradients {
   float* all_k;

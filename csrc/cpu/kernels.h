@@ -139,7 +139,7 @@ struct Kernels {
   void (*lora_forward)(const Lora&, int64_t begin, int64_t end, void* scratch);
   void (*lora_backward)(const Lora&, int64_t begin, int64_t end, float* gradients, void* scratch);
   void (*lora_finish)(const Lora&, const LoraSums&, const LoraTerm&, float* da, float* db);
-  void (*attention_pack)(const Attention&, int64_t begin, int64_t end);
+  void (*attention_transpose)(const Attention&, int64_t begin, int64_t end, void* scratch);
   void (*attention_forward)(const Attention&, int64_t begin, int64_t end, void* scratch);
   void (*attention_backward)(const Attention&, const KeyGradients&, int64_t begin, int64_t end, void* scratch);
   void (*attention_store_keys)(const Attention&, const KeyGradientRows&, int64_t begin, int64_t end);

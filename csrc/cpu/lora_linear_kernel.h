@@ -2,8 +2,8 @@
 // kernels/lora_linear.py. The masks only zero elements: their scale is part of A, and of dA at the end.
 #pragma once
 
+#include "block_rows.h"
 #include "lora_plan.h"
-#include "matrix.h"
 #include "random_kernel.h"
 #include "scratch.h"
 
@@ -12,44 +12,12 @@ namespace PEFTDYNO_ISA {
 
 static_assert(LORA_STRIP % MASK_COLUMNS == 0, "whole draws fill a strip");
 
-PEFTDYNO_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 static void draw_strip(const Lora& a, const LoraTerm& term, const LoraTask& task, int64_t column, uint16_t* masks) {
   for (int64_t r = 0; r < task.rows; ++r)
     for (int64_t i = 0; i < LORA_STRIP; i += MASK_COLUMNS)
       draw_masks(static_cast<uint64_t>(a.streams[task.row + r]), term.key, a.threshold, column + i,
                  masks + r * LORA_STRIP + i);
 }
-
-PEFTDYNO_INLINE void copy_row(const bfloat16* from, int64_t width, int64_t padded, const uint16_t* masks, bfloat16* to) {
-  for (int64_t i = 0; i < padded; i += LANES) {
-    VecH v = {};
-    if (i + LANES <= width)
-      __builtin_memcpy(&v, from + i, sizeof v);
-    else if (i < width)
-      for (int64_t j = 0; j < width - i; ++j) v[j] = from[i + j].bits;
-    if (masks != nullptr) v &= load_mask(masks + i);
-    __builtin_memcpy(to + i, &v, sizeof v);
-  }
-}
-
-template <class T>
-PEFTDYNO_INLINE void copy_row(const T* from, int64_t width, int64_t padded, const uint16_t* masks, float* to) {
-  for (int64_t i = 0; i < padded; i += LANES) {
-    Vec v = i < width ? load_upto(from + i, width - i) : Vec{};
-    if (masks != nullptr) v = masked(v, masks + i);
-    store(to + i, v);
-  }
-}
-
-// A left operand of the block products and the distance between its rows.
-template <class E>
-struct Left {
-  const E* rows;
-  int64_t stride;
-};
 
 // Rows of T as a left operand [rows padded to 16, width padded to 32]: as they lie where they can be used so.
 template <class E, class T>

@@ -10,6 +10,44 @@
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
+// target [LANES, LANES] = source^T, in 32-bit elements; strides in elements.
+PEFTDYNO_INLINE void transpose_square(const uint32_t* source, int64_t stride, uint32_t* target, int64_t to_stride) {
+#if defined(__AVX512F__)
+  __m512i row[16], pair[16];
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(source + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    row[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+    row[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+    row[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    row[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88), high = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
+    _mm512_storeu_si512(target + i * to_stride, _mm512_shuffle_i32x4(low, low2, 0x88));
+    _mm512_storeu_si512(target + (i + 4) * to_stride, _mm512_shuffle_i32x4(high, high2, 0x88));
+    _mm512_storeu_si512(target + (i + 8) * to_stride, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    _mm512_storeu_si512(target + (i + 12) * to_stride, _mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
+#else
+  for (int64_t i = 0; i < LANES; ++i)
+    for (int64_t j = 0; j < LANES; ++j) target[j * to_stride + i] = source[i * stride + j];
+#endif
+}
+
+// target [columns, rows] = source [rows, columns]^T in 32-bit elements; rows and columns are multiples of 16.
+static void transpose_words(const void* source, int64_t rows, int64_t columns, int64_t stride, void* target) {
+  const uint32_t* from = static_cast<const uint32_t*>(source);
+  uint32_t* to = static_cast<uint32_t*>(target);
+  for (int64_t i = 0; i < rows; i += LANES)
+    for (int64_t j = 0; j < columns; j += LANES) transpose_square(from + i * stride + j, stride, to + j * rows + i, rows);
+}
+
 struct Fp32Engine {
   using Element = float;
   static constexpr int64_t ROW_UNIT = 1;  // rows of A and C come in multiples of it
@@ -46,10 +84,14 @@ struct Fp32Engine {
     for (; i < m; ++i) tile<1, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
   }
 
-  // Two rows of B, LANES columns of them.
-  PEFTDYNO_INLINE void store_pair(float* b, int64_t ldb, int64_t row, int64_t column, Vec even, Vec odd) {
-    store(b + row * ldb + column, even);
-    store(b + (row + 1) * ldb + column, odd);
+  // LANES columns of two rows of a right operand [rows, stride] and, where not null, of a left one.
+  PEFTDYNO_INLINE void store_pair(float* right, float* left, int64_t stride, int64_t row, int64_t column, Vec even,
+                                  Vec odd) {
+    store(right + row * stride + column, even);
+    store(right + (row + 1) * stride + column, odd);
+    if (left == nullptr) return;
+    store(left + row * stride + column, even);
+    store(left + (row + 1) * stride + column, odd);
   }
 
   template <class T>
@@ -71,6 +113,18 @@ struct Fp32Engine {
         Vec v = r < num_rows && i < width ? load_upto(rows[r] + i, width - i) : Vec{};
         for (int64_t lane = 0; lane < LANES; ++lane) b[(i + lane) * padded_rows + r] = v[lane];
       }
+  }
+
+  // From whole padded rows [rows, width]: the rows as a right operand; their transpose [width, rows] as a right operand;
+  // and as a left operand. `spare` holds as much as the rows.
+  static void right(const float* from, int64_t rows, int64_t width, float* b) {
+    __builtin_memcpy(b, from, rows * width * sizeof(float));
+  }
+  static void right_transposed(const float* from, int64_t rows, int64_t width, float* b) {
+    transpose_words(from, rows, width, width, b);
+  }
+  static void left_transposed(const float* from, int64_t rows, int64_t width, float* a, float*) {
+    transpose_words(from, rows, width, width, a);
   }
 
   static void begin() {}
@@ -147,10 +201,21 @@ struct AmxEngine {
     if (i < m) tile_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
   }
 
-  PEFTDYNO_INLINE void store_pair(bfloat16* b, int64_t ldb, int64_t row, int64_t column, Vec even, Vec odd) {
-    VecU low = __builtin_convertvector(narrow(even), VecU), high = __builtin_convertvector(narrow(odd), VecU);
-    VecU pairs = low | (high << 16);
-    __builtin_memcpy(b + row * ldb + 2 * column, &pairs, sizeof pairs);
+  PEFTDYNO_INLINE void store_pair(bfloat16* right, bfloat16* left, int64_t stride, int64_t row, int64_t column,
+                                  Vec even, Vec odd) {
+    const __m512i apart = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
+    _mm512_storeu_si512(right + row * stride + 2 * column, _mm512_permutexvar_epi16(interleaving(), apart));
+    if (left == nullptr) return;
+    bfloat16* to = left + row * stride + column;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(apart));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + stride), _mm512_extracti64x4_epi64(apart, 1));
+  }
+
+  // 0 16 1 17 ...: the order that lays two halves of a register side by side.
+  PEFTDYNO_INLINE __m512i interleaving() {
+    VecU order;
+    for (int64_t i = 0; i < LANES; ++i) order[i] = static_cast<uint32_t>(i | (i + LANES) << 16);
+    return bit_cast<__m512i>(order);
   }
 
   static void pack_rows(const bfloat16* const* rows, int64_t num_rows, int64_t padded_rows, int64_t width,
@@ -164,9 +229,25 @@ struct AmxEngine {
           even &= load_mask(masks + r * mask_stride + i);
           odd &= load_mask(masks + (r + 1) * mask_stride + i);
         }
-        VecU pairs = __builtin_convertvector(even, VecU) | (__builtin_convertvector(odd, VecU) << 16);
+        VecU pairs = extend(even) | (extend(odd) << 16);
         __builtin_memcpy(b + r * padded_width + 2 * i, &pairs, sizeof pairs);
       }
+  }
+
+  static void right(const bfloat16* from, int64_t rows, int64_t width, bfloat16* b) {
+    for (int64_t r = 0; r < rows; r += 2)
+      for (int64_t i = 0; i < width; i += LANES) {
+        const VecU even = extend(load_bits(from + r * width + i));
+        const VecU pairs = even | (extend(load_bits(from + (r + 1) * width + i)) << 16);
+        __builtin_memcpy(b + r * width + 2 * i, &pairs, sizeof pairs);
+      }
+  }
+  static void right_transposed(const bfloat16* from, int64_t rows, int64_t width, bfloat16* b) {
+    transpose_words(from, rows, width / 2, width / 2, b);
+  }
+  static void left_transposed(const bfloat16* from, int64_t rows, int64_t width, bfloat16* a, bfloat16* spare) {
+    right(from, rows, width, spare);
+    transpose_words(spare, rows / 2, width, width, a);
   }
 
   static void pack_transposed(const bfloat16* const* rows, int64_t num_rows, int64_t padded_rows, int64_t width,

@@ -3,10 +3,6 @@
 
 #include "simd.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 

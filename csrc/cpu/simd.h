@@ -16,7 +16,7 @@
 #define PEFTDYNO_LANES 4
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -53,8 +53,32 @@ PEFTDYNO_INLINE void store(float* p, Vec v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Compilers split the plain conversions between 16 and 32 bits into halves; each set has one instruction or two.
+PEFTDYNO_INLINE VecU extend(VecH h) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, VecU);
+#endif
+}
+
+// The low halves.
+PEFTDYNO_INLINE VecH truncate(VecU v) {
+#if defined(__AVX512F__)
+  return bit_cast<VecH>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256(bit_cast<__m256i>(v), _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return bit_cast<VecH>(_mm256_castsi256_si128(packed));
+#else
+  return __builtin_convertvector(v, VecH);
+#endif
+}
+
 PEFTDYNO_INLINE Vec widen(VecH h) {
-  return bit_cast<Vec>(__builtin_convertvector(h, VecU) << 16);
+  return bit_cast<Vec>(extend(h) << 16);
 }
 
 PEFTDYNO_INLINE Vec load(const bfloat16* p) {
@@ -75,7 +99,7 @@ PEFTDYNO_INLINE VecH narrow(Vec v) {
 #if defined(__AVX512BF16__)
   return bit_cast<VecH>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
 #else
-  return __builtin_convertvector(rounded_bits(v) >> 16, VecH);
+  return truncate(rounded_bits(v) >> 16);
 #endif
 }
 
@@ -120,7 +144,7 @@ PEFTDYNO_INLINE VecH load_mask(const uint16_t* mask) {
 
 // v where the mask is 0xffff, zero where it is 0.
 PEFTDYNO_INLINE Vec masked(Vec v, const uint16_t* mask) {
-  const VecU wide = __builtin_convertvector(load_mask(mask), VecU);
+  const VecU wide = extend(load_mask(mask));
   return bit_cast<Vec>(bit_cast<VecU>(v) & (wide | (wide << 16)));
 }
 
@@ -137,12 +161,30 @@ PEFTDYNO_INLINE Vec select(VecI condition, Vec a, Vec b) {
   return condition ? a : b;
 }
 
+// a > b ? a : b, so b where one is NaN.
 PEFTDYNO_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec>(_mm_max_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
+#else
   return select(a > b, a, b);
+#endif
 }
 
+// a < b ? a : b, so b where one is NaN.
 PEFTDYNO_INLINE Vec minimum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec>(_mm_min_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
+#else
   return select(a < b, a, b);
+#endif
 }
 
 PEFTDYNO_INLINE float sum(Vec v) {
@@ -202,6 +244,18 @@ PEFTDYNO_INLINE Vec exp(Vec x) {
   Vec bounded = select(small, broadcast(-87.0f), x);
   Reduced e = reduce(bounded);
   return select(small, Vec{}, expm1_reduced(e.r) * e.power + e.power);
+}
+
+// 2^x for x <= 127 and about 2^-126 below -126; a minimax polynomial of the 5th degree, relative error 7.5e-8.
+PEFTDYNO_INLINE Vec exp2(Vec x) {
+  const Rounded n = round_small(maximum(x, broadcast(-126.0f)));
+  const Vec f = maximum(x, broadcast(-126.0f)) - n.value;
+  Vec p = 1.32764718e-3f * f + 9.67554133e-3f;
+  p = p * f + 5.55071327e-2f;
+  p = p * f + 2.40221197e-1f;
+  p = p * f + 6.93146967e-1f;
+  p = p * f + 1.00000007f;
+  return bit_cast<Vec>(bit_cast<VecI>(p) + (n.integer << 23));
 }
 
 PEFTDYNO_INLINE Vec sigmoid(Vec x) {

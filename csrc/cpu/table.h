@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adamw_kernel.h"
+#include "attention_backward_kernel.h"
 #include "attention_kernel.h"
 #include "bank_affine_kernel.h"
 #include "glu_kernel.h"
@@ -35,7 +36,7 @@ const Kernels table = {
     lora_forward,
     lora_backward,
     lora_finish,
-    attention_pack,
+    attention_transpose,
     attention_forward,
     attention_backward,
     attention_store_keys,
