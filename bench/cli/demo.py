@@ -55,6 +55,7 @@ def command(
             print_json(comparison.as_json())
         else:
             show(comparison, paths)
+            print(demo.CAVEAT)
     for name, reason in outcome.failed.items():
         ERR.print(f"failed: {name}: {reason}", highlight=False)
     if outcome.failed:
