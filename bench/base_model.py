@@ -63,7 +63,7 @@ class BaseModel:
 def load_base(name: str, dtype: str = "bf16", device: str = "auto", quant: str | None = None) -> BaseModel:
     """Load a model by name; UserError where it has no tokenizer or the device is not there."""
     start = time.perf_counter()
-    place = _device(device)
+    place = choose_device(device)
     config, weights, tokenizer, files = load_model(name, DTYPES[dtype], place, quant)
     if tokenizer is None:
         raise UserError(f"model '{name}' has no tokenizer.json; a task needs one")
@@ -71,7 +71,8 @@ def load_base(name: str, dtype: str = "bf16", device: str = "auto", quant: str |
     return BaseModel(decoder, tokenizer, files, dtype, time.perf_counter() - start, quant)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of a name; UserError where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,95 @@
+"""`cost`, `ceiling` and `profile`: the published figures, what merging saves, and files that can be opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from peftdyno.bench.cli import run
+from peftdyno.bench.cost import cost_report
+from peftdyno.bench.profiling import ceiling, energy
+from peftdyno.bench.profiling.profile import profile
+from peftdyno.engine.accounting.predict import Job
+from peftdyno.engine.adapters import METHODS
+from peftdyno.engine.config import DecoderConfig
+
+TINY = DecoderConfig(
+    family="llama", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+)  # fmt: skip
+
+
+def cost_json(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
+    assert run(["cost", *arguments, "--json"], "peftdyno") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_llama_by_its_name_alone(capsys: pytest.CaptureFixture) -> None:
+    found = cost_json(capsys, "--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--batch", "1", "--seq", "512")
+    base, lora = found["inference"]["base"]["forward"], found["inference"]["unmerged"]["forward"]
+    assert base["matrix_full"] == 7_822_209_187_840
+    assert lora["matrix"] - base["matrix"] == 15_032_385_536
+    assert found["inference"]["merged"]["forward"]["above_base"] == 0
+    assert found["parameters"] == {"base": 8_030_261_248, "trainable": 14_680_064, "stored": 14_680_064}
+    memory = found["training"]["memory"]
+    assert memory["predicted_peak_bytes"] == sum(memory["by_category"].values()) > 2 * 8_030_261_248
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_report(name: str) -> None:
+    """Merging never costs more than the adapter beside the model, save where the base has no bias to merge into."""
+    report = cost_report(Job(config=TINY, methods=(METHODS[name](),)), 2, 8)
+    unmerged, merged = report["inference"]["unmerged"], report["inference"].get("merged")
+    assert (merged is None) == ("not_mergeable" in report["inference"])
+    if merged is not None and name != "bitfit":
+        assert all(merged[phase]["total"] <= unmerged[phase]["total"] for phase in unmerged)
+
+
+def test_unknown_names_are_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert run(["cost", "--model", "llama-3-8b", "--method", "lorra"], "peftdyno") == 2
+    assert "lora" in capsys.readouterr().err
+    assert run(["cost", "--model", "llama-3-8b", "--set", "lora.rnk=2"], "peftdyno") == 2
+    assert "rank" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PEFTDYNO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(ceiling.SIZES, "cpu", 64)
+    monkeypatch.setitem(ceiling.COPY_BYTES, "cpu", 1 << 16)
+
+
+@pytest.mark.usefixtures("quick_ceilings")
+def test_ceilings_are_measured_once() -> None:
+    first = ceiling.ceilings(torch.device("cpu"))
+    assert first["copy_bytes"] > 0 and set(first["matmul_flops"]) == {"bf16", "fp32"}
+    assert ceiling.ceilings(torch.device("cpu")) == first
+    assert ceiling.ceilings(torch.device("cpu"), again=True) != first
+
+
+@pytest.mark.usefixtures("quick_ceilings")
+def test_a_profile_and_its_files(tmp_path: Path) -> None:
+    job = Job(config=TINY, methods=(METHODS["lora"](rank=2),), dtype=torch.float32)
+    found = profile(job, 2, 12, 2, tmp_path / "out")
+    assert found["flops"]["counted"] == found["flops"]["predicted"]
+    assert found["memory"]["followed_peak_bytes"] == found["memory"]["predicted_peak_bytes"]
+    assert found["steps"]["timed"] == 2
+    assert {row["operator"] for row in found["operators"]} >= {"lora_linear", "attention_backward", "adamw_"}
+    assert all(row["seconds"] > 0 for row in found["operators"])
+    assert json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
+    page = (tmp_path / "out" / "memory.html").read_text()
+    for part in page.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>")
+
+
+def test_energy_is_the_counters_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    assert energy.joules(torch.device("cpu")) is None
+    for i, value in enumerate((1_500_000, 2_000_000)):
+        (tmp_path / f"intel-rapl:{i}").mkdir()
+        (tmp_path / f"intel-rapl:{i}" / "energy_uj").write_text(f"{value}\n")
+    assert energy.joules(torch.device("cpu")) == 3.5
