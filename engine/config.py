@@ -72,9 +72,7 @@ class DecoderConfig:
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.window_layers and len(self.window_layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"window_layers has {len(self.window_layers)} entries for {self.num_hidden_layers} layers"
-            )
+            raise ValueError(f"window_layers has {len(self.window_layers)} entries for {self.num_hidden_layers} layers")
 
     @property
     def query_size(self) -> int:

@@ -52,8 +52,7 @@ class GGUFFile:
         self.architecture = str(self.value("general.architecture"))
         if self.architecture not in MODEL_TYPES:
             raise UserError(
-                f"{path}: field 'general.architecture' is '{self.architecture}', "
-                f"supported: {', '.join(MODEL_TYPES)}"
+                f"{path}: field 'general.architecture' is '{self.architecture}', supported: {', '.join(MODEL_TYPES)}"
             )
         self._raw = {tensor.name: tensor for tensor in self._reader.tensors}
         self._config = self._read_config()
@@ -169,9 +168,7 @@ class GGUFFile:
         theta = float(self.value(f"{self.architecture}.rope.freq_base", 10_000.0))
         scaling = {"factor": float(stored.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         context = 8192
-        expected = [
-            _llama3_factor(theta ** (index / len(stored)), context, **scaling) for index in range(len(stored))
-        ]
+        expected = [_llama3_factor(theta ** (index / len(stored)), context, **scaling) for index in range(len(stored))]
         if not np.allclose(stored, expected, rtol=1e-4):
             raise UserError(f"tensor '{ROPE_FACTORS}' does not follow Llama 3.1's published scaling")
         return {"rope_type": "llama3", "original_max_position_embeddings": context, **scaling}

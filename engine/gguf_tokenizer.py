@@ -107,8 +107,7 @@ def word_splitter(gguf: GGUFFile, splitter: str) -> Any:
     words = {"llama-bpe": LLAMA3_WORDS, "qwen2": QWEN2_WORDS}.get(splitter)
     if words is None:
         raise UserError(
-            f"{gguf.path}: field 'tokenizer.ggml.pre' is {splitter!r}, "
-            "supported: gpt-2, llama-bpe, qwen2, smollm"
+            f"{gguf.path}: field 'tokenizer.ggml.pre' is {splitter!r}, supported: gpt-2, llama-bpe, qwen2, smollm"
         )
     return pre_tokenizers.Sequence(
         [

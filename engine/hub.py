@@ -29,9 +29,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
         raise
     except Exception as error:  # the client's errors have no common root: HTTP, offline, gated, cache
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"model '{hub_id}' is neither local nor could be fetched from the hub: {reason}"
-        ) from error
+        raise UserError(f"model '{hub_id}' is neither local nor could be fetched from the hub: {reason}") from error
 
 
 def hub_folder(hub_id: str, timeout: float = TIMEOUT_SECONDS) -> tuple[Path, str]:

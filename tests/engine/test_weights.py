@@ -74,9 +74,7 @@ def test_transformers_reads_what_is_written(variant: str, tmp_path: Path) -> Non
     config = config_from_hf(tiny_config(variant).to_dict())
     weights = random_weights(config, seed=1)
     save_model(tmp_path / "written", weights, config)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "written", output_loading_info=True
-    )
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     for name, tensor in to_state_dict(weights, config).items():
@@ -180,9 +178,7 @@ def test_gemma_with_images_is_read_as_text(tmp_path: Path) -> None:
     for prefix in ("language_model.model.", "model.language_model."):
         folder = tmp_path / prefix
         folder.mkdir()
-        state = {
-            name.replace("model.", prefix, 1): t.clone() for name, t in to_state_dict(weights, config).items()
-        }
+        state = {name.replace("model.", prefix, 1): t.clone() for name, t in to_state_dict(weights, config).items()}
         state["vision_tower.weight"] = torch.zeros(3)
         save_file(state, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": fields}))
