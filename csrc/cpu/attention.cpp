@@ -2,16 +2,6 @@
 #include "attention_inputs.h"
 
 namespace peftdyno {
-namespace {
-
-// An upper bound of what a task takes from its scratch.
-int64_t forward_bytes(const Attention& a) {
-  const int64_t wider = std::max(a.padded_width, KEY_BLOCK);
-  return a.task_rows * (4 * a.padded_width + KEY_BLOCK + wider + 4) * 4 + KEY_BLOCK * a.padded_width * 4 + 16 * 64;
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& prefix_k,
                                      const OptionalTensor& prefix_v, const Tensor& segments, const Tensor& chain,
                                      double scale, int64_t window, double softcap, int64_t spare) {
@@ -25,7 +15,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   task.v_transposed = v_transposed.data_ptr();
   in.transpose();
   const int64_t threads = useful_threads(in.plan);
-  const Tensor scratch = in.scratch(threads, forward_bytes(task));
+  const Tensor scratch = in.scratch(threads, attention_forward_bytes(task.task_rows, task.padded_width));
   in.for_shares(threads, [&](int64_t thread, int64_t begin, int64_t end) {
     kernels().attention_forward(task, begin, end, scratch.data_ptr<uint8_t>() + thread * scratch.size(1));
   });

@@ -10,41 +10,16 @@
 namespace peftdyno {
 namespace {
 
-// An upper bound of what a task takes from its scratch.
-int64_t backward_bytes(const Attention& a) {
-  const int64_t wider = std::max(a.padded_width, KEY_BLOCK);
-  return a.task_rows * (6 * a.padded_width + 4 * KEY_BLOCK + wider + 3) * 4 + KEY_BLOCK * a.padded_width * 4 + 20 * 64;
-}
-
-// The span of padded keys that tasks begin to end - 1 of one head read.
-std::pair<int64_t, int64_t> key_span(const Plan& plan, int64_t begin, int64_t end) {
-  int64_t low = plan.padded_keys, high = 0;
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t l = plan.tasks[i].first_link; l < plan.tasks[i].last_link; ++l) {
-      const KeyLink& link = plan.links[l];
-      if (link.first == link.last) continue;
-      const KeyBlock& last = plan.blocks[link.last - 1];
-      low = std::min(low, plan.blocks[link.first].offset);
-      high = std::max(high, last.offset + last.padded);
-    }
-  return {std::min(low, high), high};
-}
-
 // The part of one thread's gradients that belongs to a head an earlier thread began.
 struct Borrowed {
-  int64_t head = -1, offset = 0, keys = 0;
+  SharedKeys keys;
   Tensor k, v;
 };
 
-Borrowed borrow(const Inputs& in, int64_t begin, int64_t end) {
-  Borrowed result;
-  const auto& tasks = in.plan.tasks;
-  if (begin == 0 || begin >= end || tasks[begin - 1].head != tasks[begin].head) return result;
-  int64_t stop = begin;
-  while (stop < end && tasks[stop].head == tasks[begin].head) ++stop;
-  const auto [low, high] = key_span(in.plan, begin, stop);
-  result = {tasks[begin].head, low, high - low, {}, {}};
-  result.k = at::zeros({result.keys * in.task.padded_width}, in.k.options().dtype(at::kFloat));
+Borrowed borrow(const Inputs& in, int64_t thread, int64_t threads) {
+  Borrowed result{in.plan.borrowed_keys(thread, threads), {}, {}};
+  if (result.keys.head < 0) return result;
+  result.k = at::zeros({result.keys.keys * in.task.padded_width}, in.k.options().dtype(at::kFloat));
   result.v = at::zeros_like(result.k);
   return result;
 }
@@ -92,22 +67,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, co
   task.k_transposed = k_transposed.data_ptr();
   in.transpose();
   const int64_t threads = useful_threads(in.plan);
-  const Tensor scratch = in.scratch(threads, backward_bytes(task));
+  const Tensor scratch = in.scratch(threads, attention_backward_bytes(task.task_rows, d));
   Tensor all_k = at::zeros({key_heads, task.padded_keys * d}, q.options().dtype(at::kFloat)), all_v = at::zeros_like(all_k);
   std::vector<Borrowed> borrowed;
-  for (int64_t t = 0; t < threads; ++t)
-    borrowed.push_back(borrow(in, in.plan.share(t, threads), in.plan.share(t + 1, threads)));
+  for (int64_t t = 0; t < threads; ++t) borrowed.push_back(borrow(in, t, threads));
   in.for_shares(threads, [&](int64_t thread, int64_t begin, int64_t end) {
     const Borrowed& own = borrowed[thread];
-    const bool some = own.head >= 0;
+    const bool some = own.keys.head >= 0;
     const KeyGradients target{all_k.data_ptr<float>(), all_v.data_ptr<float>(), some ? own.k.data_ptr<float>() : nullptr,
-                              some ? own.v.data_ptr<float>() : nullptr, own.head, own.offset};
+                              some ? own.v.data_ptr<float>() : nullptr, own.keys.head, own.keys.offset};
     kernels().attention_backward(task, target, begin, end, scratch.data_ptr<uint8_t>() + thread * scratch.size(1));
   });
   for (const Borrowed& own : borrowed) {
-    if (own.head < 0) continue;
-    all_k.select(0, own.head).narrow(0, own.offset * d, own.keys * d).add_(own.k);
-    all_v.select(0, own.head).narrow(0, own.offset * d, own.keys * d).add_(own.v);
+    if (own.keys.head < 0) continue;
+    all_k.select(0, own.keys.head).narrow(0, own.keys.offset * d, own.keys.keys * d).add_(own.k);
+    all_v.select(0, own.keys.head).narrow(0, own.keys.offset * d, own.keys.keys * d).add_(own.v);
   }
   const KeyGradientRows rows{all_k.data_ptr<float>(), all_v.data_ptr<float>(), rows_of(dqkv), heads * width,
                              (heads + key_heads) * width, dprefix_k.data_ptr<float>(), dprefix_v.data_ptr<float>(),

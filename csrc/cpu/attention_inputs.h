@@ -7,6 +7,11 @@
 
 namespace peftdyno {
 
+// Padded keys that one thread's tasks of one head read; head -1 for none.
+struct SharedKeys {
+  int64_t head = -1, offset = 0, keys = 0;
+};
+
 // Blocks, links and tasks of one layout.
 struct Plan {
   std::vector<KeyBlock> blocks;
@@ -17,12 +22,38 @@ struct Plan {
 
   Plan(const Tensor& segments, const Tensor& chain, int64_t groups, int64_t heads, int64_t window);
 
+  // Padded rows of the largest task.
+  int64_t task_rows(int64_t groups) const {
+    int64_t rows = 0;
+    for (const QueryTask& task : tasks) rows = std::max(rows, padded_to(task.count * groups, 32));
+    return rows;
+  }
+
+  // The padded keys of the head that thread t of `threads` shares with the threads before it.
+  SharedKeys borrowed_keys(int64_t t, int64_t threads) const;
+
   // The first task of thread t of `threads`, so that each has a like share of the cost.
   int64_t share(int64_t t, int64_t threads) const {
     const int64_t wanted = costs.back() * t / threads;
     return std::lower_bound(costs.begin(), costs.end(), wanted) - costs.begin();
   }
 };
+
+// Bytes of one thread's scratch: upper bounds of what the kernels take from it.
+inline int64_t transpose_bytes(int64_t padded_width) {
+  return padded_to(2 * KEY_BLOCK * padded_width * 4 + 128, 64);
+}
+
+inline int64_t attention_forward_bytes(int64_t rows, int64_t padded_width) {
+  const int64_t wider = std::max(padded_width, KEY_BLOCK);
+  return padded_to(rows * (4 * padded_width + KEY_BLOCK + wider + 4) * 4 + KEY_BLOCK * padded_width * 4 + 16 * 64, 64);
+}
+
+inline int64_t attention_backward_bytes(int64_t rows, int64_t padded_width) {
+  const int64_t wider = std::max(padded_width, KEY_BLOCK);
+  const int64_t values = rows * (6 * padded_width + 4 * KEY_BLOCK + wider + 3) + KEY_BLOCK * padded_width;
+  return padded_to(values * 4 + 20 * 64, 64);
+}
 
 inline Tensor with_unit_heads(const Tensor& x) {
   return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous();
@@ -68,8 +99,8 @@ struct Inputs {
       TORCH_CHECK(block.row >= 0 && block.row + block.count <= rows_in_memory, "a chain names keys that do not exist");
     for (const QueryTask& t : plan.tasks) {
       TORCH_CHECK(t.row >= 0 && t.row + t.count <= task.num_queries, "a segment names queries that do not exist");
-      task.task_rows = std::max(task.task_rows, padded_to(t.count * groups, 32));
     }
+    task.task_rows = plan.task_rows(groups);
   }
 
   void set_prefix(const Tensor& pk, const Tensor& pv) {
@@ -89,7 +120,7 @@ struct Inputs {
   }
 
   void transpose() const {
-    const int64_t threads = at::get_num_threads(), bytes = padded_to(2 * KEY_BLOCK * task.padded_width * 4 + 128, 64);
+    const int64_t threads = at::get_num_threads(), bytes = transpose_bytes(task.padded_width);
     const Tensor room = scratch(threads, bytes);
     at::parallel_for(0, heads() * task.num_blocks, 4, [&](int64_t begin, int64_t end) {
       kernels().attention_transpose(task, begin, end, room.data_ptr<uint8_t>() + at::get_thread_num() * bytes);
@@ -97,7 +128,7 @@ struct Inputs {
   }
 
   Tensor scratch(int64_t threads, int64_t bytes) const {
-    return at::empty({threads, padded_to(bytes, 64)}, k.options().dtype(at::kByte));
+    return at::empty({threads, bytes}, k.options().dtype(at::kByte));
   }
 
   // f(thread, first task, last task) on shares of like cost.

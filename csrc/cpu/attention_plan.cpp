@@ -90,4 +90,18 @@ Plan::Plan(const Tensor& segments, const Tensor& chain, int64_t groups, int64_t 
   add_tasks(*this, s, segments.size(0), c, groups, heads, window);
 }
 
+SharedKeys Plan::borrowed_keys(int64_t t, int64_t threads) const {
+  const int64_t begin = share(t, threads), end = share(t + 1, threads);
+  if (begin == 0 || begin >= end || tasks[begin - 1].head != tasks[begin].head) return {};
+  int64_t low = padded_keys, high = 0;
+  for (int64_t i = begin; i < end && tasks[i].head == tasks[begin].head; ++i)
+    for (int64_t l = tasks[i].first_link; l < tasks[i].last_link; ++l) {
+      if (links[l].first == links[l].last) continue;
+      const KeyBlock& last = blocks[links[l].last - 1];
+      low = std::min(low, blocks[links[l].first].offset);
+      high = std::max(high, last.offset + last.padded);
+    }
+  return {tasks[begin].head, std::min(low, high), std::max<int64_t>(0, high - low)};
+}
+
 }  // namespace peftdyno

@@ -42,6 +42,14 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
   m.def("attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v,"
         " Tensor out, Tensor lse, Tensor segments, Tensor chain, float scale, int window, float softcap, int spare)"
         " -> (Tensor, Tensor, Tensor)");
+  m.def("attention_workspace(Tensor segments, Tensor chain, int heads, int key_heads, int width, int window, bool bf16,"
+        " bool backward) -> int");
+  m.def("lora_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16, int room) -> (int, int)",
+        &peftdyno::lora_workspace);
+  m.def("lora_backward_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16, bool dropped,"
+        " int border, int dy_width, int dy_room, bool need_x) -> (int, int)",
+        &peftdyno::lora_backward_workspace);
+  m.def("label_loss_chunk() -> int", &peftdyno::label_loss_chunk);
   m.def("isa() -> str", &peftdyno::isa);
   m.def("use_isa(str name) -> ()", [](c10::string_view name) { peftdyno::use_isa(std::string(name).c_str()); });
   m.def("memory_start() -> ()", &peftdyno::memory_start);
@@ -68,6 +76,7 @@ TORCH_LIBRARY_IMPL(peftdyno_cpu, CPU, m) {
   m.impl("lora_linear_backward", &peftdyno::lora_linear_backward);
   m.impl("attention", &peftdyno::attention);
   m.impl("attention_backward", &peftdyno::attention_backward);
+  m.impl("attention_workspace", &peftdyno::attention_workspace);
 }
 
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

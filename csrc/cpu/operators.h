@@ -53,6 +53,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
                                                       const OptionalTensor& prefix_v, const Tensor& out,
                                                       const Tensor& lse, const Tensor& segments, const Tensor& chain,
                                                       double scale, int64_t window, double softcap, int64_t spare);
+int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t heads, int64_t key_heads,
+                            int64_t width, int64_t window, bool bf16, bool backward);
+// Bytes held while the library multiplies, and at most outside it.
+std::tuple<int64_t, int64_t> lora_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,
+                                            bool bf16, int64_t room);
+std::tuple<int64_t, int64_t> lora_backward_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows,
+                                                     IntArrayRef run_offsets, bool bf16, bool dropped, int64_t border,
+                                                     int64_t dy_width, int64_t dy_room, bool need_x);
+int64_t label_loss_chunk();
 std::string isa();
 void memory_start();
 std::tuple<int64_t, int64_t, int64_t> memory_stop();
