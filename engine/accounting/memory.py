@@ -151,7 +151,8 @@ class MemoryTracker(DispatchMode):
         key = storage._cdata
         if key in self._seen:
             return
-        block = Block(storage.nbytes(), category, self.scope.layer, operator, len(self.log.moments))
+        granted = _granted(storage.nbytes(), self.runs_on)
+        block = Block(granted, category, self.scope.layer, operator, len(self.log.moments))
         self._seen[key] = weakref.ref(storage, lambda _: self._lose(key, block))
         self.log.blocks.append(block)
         self._live += block.nbytes
@@ -160,3 +161,12 @@ class MemoryTracker(DispatchMode):
         block.died = len(self.log.moments)
         self._live -= block.nbytes
         self._seen.pop(key, None)
+
+
+CUDA_GRAIN = 512
+"""Bytes that PyTorch's CUDA allocator rounds every request up to."""
+
+
+def _granted(nbytes: int, device: str) -> int:
+    """What an allocator gives for a request."""
+    return -(-nbytes // CUDA_GRAIN) * CUDA_GRAIN if device == "cuda" else nbytes
