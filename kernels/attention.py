@@ -171,9 +171,7 @@ def _forward_shape(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return with_spare(q.shape[0], q.shape[1] * q.shape[2], rest[-1], q), lse
 
 
-def _backward_shape(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, *rest: Any
-) -> Any:
+def _backward_shape(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, *rest: Any) -> Any:
     shape = (0, *k.shape[1:]) if prefix_k is None else prefix_k.shape
     dprefix = [q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
     return with_spare(q.shape[0], (q.shape[1] + 2 * k.shape[1]) * q.shape[2], rest[-1], q), *dprefix
@@ -187,16 +185,12 @@ def forward_cost(q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, 
     return OwnedCost(Cost(4 * q.shape[2] * pairs, SOFTMAX_FLOPS * pairs, 2 * pairs, moved))
 
 
-def backward_cost(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, *rest: Any
-) -> OwnedCost:
+def backward_cost(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, *rest: Any) -> OwnedCost:
     """10 d FLOPs a visible pair and head (five products), the softmax again, D's product and sum."""
     segments, chain, _, window = rest[2:6]
     pairs = attended_pairs(segments, chain, window) * q.shape[1]
     moved = 4 * row_bytes(q) + 2 * row_bytes(k, v, prefix_k, prefix_v)
-    return OwnedCost(
-        Cost(10 * q.shape[2] * pairs, SOFTMAX_FLOPS * pairs + q.numel(), pairs + q.numel(), moved)
-    )
+    return OwnedCost(Cost(10 * q.shape[2] * pairs, SOFTMAX_FLOPS * pairs + q.numel(), pairs + q.numel(), moved))
 
 
 FORWARD = primitive(

@@ -38,7 +38,5 @@ def choose(name: str, implementations: Mapping[str, Any], device: torch.device) 
         fast = "triton" if device.type == "cuda" else "cpu"
         return fast if fast in implementations else "reference"
     if _choice not in implementations:
-        raise RuntimeError(
-            f"operator {name} has no '{_choice}' implementation; it has {', '.join(implementations)}"
-        )
+        raise RuntimeError(f"operator {name} has no '{_choice}' implementation; it has {', '.join(implementations)}")
     return _choice

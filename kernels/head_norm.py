@@ -32,9 +32,7 @@ class _HeadNorm(torch.autograd.Function):
         out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         out[:, sum(heads) * d :] = qkv[:, sum(heads) * d :]
         rstds = []
-        for weight, (first, last) in zip(
-            (q_weight, k_weight), ((0, heads[0]), (heads[0], sum(heads))), strict=True
-        ):
+        for weight, (first, last) in zip((q_weight, k_weight), ((0, heads[0]), (heads[0], sum(heads))), strict=True):
             y, _, rstd = rms_norm.FORWARD(_head_rows(qkv, first, last, d), None, weight, [], eps, offset, 0)
             out[:, first * d : last * d] = y.view(qkv.shape[0], (last - first) * d)
             rstds.append(rstd)

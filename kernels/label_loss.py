@@ -20,9 +20,7 @@ CHUNK_ROWS = 256
 """Rows whose logits are held at once: 25 MB in bf16 at a vocabulary of 49,152."""
 
 
-def reference(
-    x: Tensor, head: Tensor, targets: Tensor, softcap: float, need_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, head: Tensor, targets: Tensor, softcap: float, need_gradient: bool) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, softmax in fp32."""
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
     gradient = torch.empty_like(x) if need_gradient else x.new_empty(0)
