@@ -14,6 +14,7 @@ def _load() -> bool:
         importlib.import_module("peftdyno.kernels._cpu")
     except ImportError:
         return False
+    torch.ops.peftdyno_cpu.memory_retain()  # the process keeps what it frees (glibc); see csrc/cpu/memory.cpp
     return True
 
 

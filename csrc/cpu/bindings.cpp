@@ -56,6 +56,7 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
   m.def("memory_stop() -> (int, int, int)", &peftdyno::memory_stop);
   m.def("memory_now() -> (int, int, int)", &peftdyno::memory_now);
   m.def("memory_reset_peak() -> ()", &peftdyno::memory_reset_peak);
+  m.def("memory_retain() -> ()", &peftdyno::memory_retain);
 }
 
 TORCH_LIBRARY_IMPL(peftdyno_cpu, CPU, m) {

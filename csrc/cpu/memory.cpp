@@ -4,8 +4,12 @@
 #include <torch/csrc/profiler/orchestration/observer.h>
 
 #include <algorithm>
-#include <atomic>
+#include <climits>
 #include <memory>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "operators.h"
 
@@ -56,6 +60,16 @@ std::tuple<int64_t, int64_t, int64_t> memory_now() {
 
 void memory_reset_peak() {
   active().reset_peak();
+}
+
+// Large blocks come from a heap that the process keeps: a step asks for the same sizes again and again, and fresh pages
+// from the kernel, each faulted in and cleared, took a sixth of its time.
+void memory_retain() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, INT_MAX);
+  mallopt(M_TOP_PAD, 64 << 20);
+#endif
 }
 
 std::tuple<int64_t, int64_t, int64_t> memory_stop() {

@@ -67,5 +67,6 @@ void memory_start();
 std::tuple<int64_t, int64_t, int64_t> memory_stop();
 std::tuple<int64_t, int64_t, int64_t> memory_now();
 void memory_reset_peak();
+void memory_retain();
 
 }  // namespace peftdyno
