@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from peftdyno.engine.accounting.attended import square_pairs, visible_pairs
 from peftdyno.engine.accounting.method_products import Products, products_of
 from peftdyno.engine.accounting.pack_shape import PackShape
 from peftdyno.engine.accounting.scope import Owner, Phase
+from peftdyno.engine.accounting.work import NO_WINDOW, Work, total_work
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.pack import Segment
@@ -63,20 +63,21 @@ class _Walk:
             self.add("adapter", layer, 2 * rows * product.forward, 2 * rows * backward)
         self.live |= self.products.trains(layer, site)
 
-    def attention(self, layer: int, segments: Sequence[Segment]) -> None:
+    def attention(self, layer: int, work: Work) -> None:
         """Scores and mixing: two products forward, five backward."""
         width = 2 * self.config.query_size
-        pairs = visible_pairs(segments, self.config.window(layer)), square_pairs(segments)
+        pairs = work.pairs.get(self.config.window(layer) or NO_WINDOW, 0), work.square
         self.live |= self.products.trains(layer, "keys")
         causal, full = ((2 * width * p, 5 * width * p * self.live) for p in pairs)
         self.add("base", layer, *causal, square=full)
 
-    def layer(self, layer: int, segments: Sequence[Segment], rows: int, last_rows: int) -> None:
+    def layer(self, layer: int, work: Work, last_rows: int) -> None:
         """One block; `last_rows` leave its attention."""
+        rows = work.tokens
         self.live |= self.products.trains(layer, "input_norm")
         self.linear("qkv", layer, rows)
         self.live |= self.products.trains(layer, "head_norm")
-        self.attention(layer, segments)
+        self.attention(layer, work)
         self.linear("o", layer, last_rows)
         self.added("attention", layer, last_rows)
         self.live |= self.products.trains(layer, "mlp_norm")
@@ -106,16 +107,19 @@ SITES = {
 
 def training_step(config: DecoderConfig, methods: Sequence[Method], packs: Sequence[PackShape]) -> Sums:
     """One step over the packs."""
+    return training(config, methods, total_work([Work.of(config, pack) for pack in packs]), 1)
+
+
+def training(config: DecoderConfig, methods: Sequence[Method], work: Work, num_steps: int) -> Sums:
+    """All steps of a training, from the sum of their packs' work."""
     products = products_of(config, methods)
     walk = _Walk(config, products, "forward", train=True)
-    walk.add("adapter", -1, products.per_step, products.per_step_backward)
-    for pack in packs:
-        walk.live = products.trains(-1, "embed")
-        segments = pack.segments()
-        for layer in range(config.num_hidden_layers):
-            last = layer == config.num_hidden_layers - 1
-            walk.layer(layer, segments, pack.num_tokens, pack.num_label_rows if last else pack.num_tokens)
-        walk.head(pack.num_labels, loss=True)
+    walk.add("adapter", -1, num_steps * products.per_step, num_steps * products.per_step_backward)
+    walk.live = products.trains(-1, "embed")
+    for layer in range(config.num_hidden_layers):
+        last = layer == config.num_hidden_layers - 1
+        walk.layer(layer, work, work.label_rows if last else work.tokens)
+    walk.head(work.labels, loss=True)
     return _kept(walk)
 
 
@@ -124,7 +128,7 @@ def forward_pass(config: DecoderConfig, methods: Sequence[Method], pack: PackSha
     products = products_of(config, methods)
     walk = _Walk(config, products, "forward", train=False)
     walk.add("adapter", -1, products.per_step, 0)
-    _inference(walk, pack.segments(), pack.num_tokens, pack.num_tokens)
+    _inference(walk, Work.of(config, pack), pack.num_tokens)
     return _kept(walk)
 
 
@@ -135,17 +139,17 @@ def generation(
     products = products_of(config, methods)
     walk = _Walk(config, products, "prefill", train=False)
     walk.add("adapter", -1, products.per_step, 0)
-    _inference(walk, prompts.segments(), prompts.num_tokens, len(lengths))
+    _inference(walk, Work.of(config, prompts), len(lengths))
     walk.phase = "decode"
     for made in range(num_tokens - 1):
         tokens = [Segment(start=0, length=1, parent=-1, run=0, position=n + made) for n in lengths]
-        _inference(walk, tokens, len(tokens), len(tokens))
+        _inference(walk, Work.over(config, tokens, len(tokens)), len(tokens))
     return _kept(walk)
 
 
-def _inference(walk: _Walk, segments: Sequence[Segment], rows: int, head_rows: int) -> None:
+def _inference(walk: _Walk, work: Work, head_rows: int) -> None:
     for layer in range(walk.config.num_hidden_layers):
-        walk.layer(layer, segments, rows, rows)
+        walk.layer(layer, work, work.tokens)
     walk.head(head_rows, loss=False)
 
 
