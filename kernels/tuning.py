@@ -1,8 +1,9 @@
-"""Launch sizes of the GPU kernels: shipped for each architecture, and overridden by what was measured on this GPU.
+"""Launch sizes and forms of the GPU kernels: shipped for each architecture, overridden by what was measured here.
 
 Nothing is tuned while training: a kernel takes the measured tile of its shape class where `peftdyno tune` wrote one for
 this GPU and this Triton, else the shipped one. Shipped tiles are the largest tried that keep their
-values in registers, but for what the limits beside a kernel allow.
+values in registers, but for what the limits beside a kernel allow. Where an operator can be computed in several forms,
+the measured one of its shape class is taken, else the first of `FORMS`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,30 @@ SHIPPED: dict[str, dict[int, Tile]] = {
     "lora_outer": dict.fromkeys((80, 90, 100), Tile(64, 128, 4, 3)),
     "lora_add": dict.fromkeys((80, 90, 100), Tile(64, 128, 8, 2)),
     "lora_gemm": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
+    "lora_gemm_backward": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
 }
 """Kernel and shape class (width of a head) -> architecture -> tile."""
 
+FORMS: dict[str, tuple[str, ...]] = {
+    "lora_linear": ("bordered", "plain", "fused"),
+    "lora_linear_backward": ("bordered", "plain", "fused"),
+}
+"""Operator -> its forms, the one taken unless measured otherwise first. A form that the operands do not allow (no
+border laid, rows that no descriptor can address) gives way to the next one that they do."""
+
 _trial: dict[str, Tile] = {}
+_trial_form: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a cache file holds: kernel -> tile, operator and shape class -> form."""
+
+    tiles: dict[str, Tile] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
+
+
+_NOTHING = Measured()
 
 
 @contextmanager
@@ -60,6 +81,17 @@ def trial(kernel: str, tile: Tile) -> Iterator[None]:
         yield
     finally:
         del _trial[kernel]
+
+
+@contextmanager
+def trial_form(operator: str, form: str) -> Iterator[None]:
+    """Within it, the operator takes this form for every shape."""
+    assert form in FORMS[operator], (operator, form)
+    _trial_form[operator] = form
+    try:
+        yield
+    finally:
+        del _trial_form[operator]
 
 
 def architecture(device: torch.device) -> int:
@@ -74,13 +106,39 @@ def tile(kernel: str, device: torch.device) -> Tile:
     """Launch sizes of a kernel on a device."""
     if kernel in _trial:
         return _trial[kernel]
-    measured = _measured(cache_file(device)) if device.type == "cuda" else {}
-    return measured.get(kernel) or SHIPPED[kernel][architecture(device)]
+    return measured(device).tiles.get(kernel) or SHIPPED[kernel][architecture(device)]
+
+
+def shape_class(operator: str, shape: Sequence[int]) -> str:
+    """Name of the class that a shape belongs to: its first size (tokens) rounded up to a power of two, the others
+    (widths of weights, ranks) as they are."""
+    tokens = 1 << max(0, shape[0] - 1).bit_length()
+    return f"{operator}/{'x'.join(map(str, (tokens, *shape[1:])))}"
+
+
+def form(operator: str, shape: Sequence[int], device: torch.device) -> str:
+    """The form in which an operator is computed for a shape, as measured or by default."""
+    if operator in _trial_form:
+        return _trial_form[operator]
+    forms = measured(device).forms
+    return (forms.get(shape_class(operator, shape)) if forms else None) or FORMS[operator][0]
+
+
+def measured(device: torch.device) -> Measured:
+    """What was measured on this kind of GPU; nothing in the interpreter."""
+    if device.type != "cuda":
+        return _NOTHING
+    return _measured(_cache_file(device, os.environ.get("XDG_CACHE_HOME")))
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where tiles measured on this kind of GPU with this Triton are kept."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftdyno" / "tiles"
+    """Where tiles and forms measured on this kind of GPU with this Triton are kept."""
+    return _cache_file(device, os.environ.get("XDG_CACHE_HOME"))
+
+
+@functools.cache
+def _cache_file(device: torch.device, home: str | None) -> Path:
+    folder = Path(home or Path.home() / ".cache") / "peftdyno" / "tiles"
     return folder / f"{_device_name(device)}-triton-{_triton_version()}.json"
 
 
@@ -99,25 +157,41 @@ def _triton_version() -> str:
 
 
 @functools.cache
-def _measured(file: Path) -> dict[str, Tile]:
-    """Tiles of a cache file; raises ValueError where it cannot be read."""
+def _measured(file: Path) -> Measured:
+    """Contents of a cache file; raises ValueError where it cannot be read."""
     if not file.exists():
-        return {}
+        return _NOTHING
     try:
         content: dict[str, Any] = json.loads(file.read_text())
-        return {kernel: Tile(**entry["tile"]) for kernel, entry in content.items() if kernel in SHIPPED}
+        tiles = {k: Tile(**entry["tile"]) for k, entry in content.items() if "tile" in entry and k in SHIPPED}
+        forms = {k: entry["form"] for k, entry in content.items() if "form" in entry}
+        known = {k: f for k, f in forms.items() if f in FORMS.get(k.split("/")[0], ())}
+        return Measured(tiles, known)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} holds no tiles ({error}); delete it and run 'peftdyno tune' again") from error
 
 
 def save(device: torch.device, results: dict[str, dict[str, Any]]) -> Path:
-    """Add measured tiles to the cache file, atomically; each entry has `tile` and what was measured."""
+    """Add what was measured to the cache file, atomically; an entry has `tile` or `form`, and the times behind it."""
     file = cache_file(device)
     file.parent.mkdir(parents=True, exist_ok=True)
+    _measured(file)
     content = json.loads(file.read_text()) if file.exists() else {}
-    content |= {k: entry | {"tile": asdict(entry["tile"])} for k, entry in results.items()}
+    content |= {k: entry | ({"tile": asdict(entry["tile"])} if "tile" in entry else {}) for k, entry in results.items()}
     partial = file.with_suffix(f".{os.getpid()}.part")
     partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     partial.replace(file)
     _measured.cache_clear()
     return file
+
+
+def picked(device: torch.device) -> dict[str, str]:
+    """Every kernel's tile and every operator's form on a device, each with why: what `peftdyno env` shows."""
+    found, arch = measured(device), architecture(device)
+    chosen = {}
+    for kernel in SHIPPED:
+        own, why = tile(kernel, device), "measured here" if kernel in found.tiles else f"shipped for sm_{arch}"
+        chosen[kernel] = f"{own.rows}x{own.columns}, {own.warps} warps, {own.stages} stages ({why})"
+    for operator, forms in FORMS.items():
+        chosen[operator] = f"{forms[0]} (default for shapes not measured)"
+    return chosen | {name: f"{own} (measured here)" for name, own in sorted(found.forms.items())}

@@ -1,9 +1,10 @@
-"""y = x W^T + u (s B)^T in one Triton product: the low-rank term joins the accumulator before y is written once.
+"""y = x W^T + u (s B)^T + b in one Triton product: the low-rank term joins the accumulator before y is written once.
 
 A persistent kernel that walks tiles in groups of rows, so that concurrent tiles share operands in the L2 cache; tiles
 come through tensor descriptors, which are the copy engine on Hopper and Blackwell. It is the alternative to the
-bordered product of `lora_linear`; the benchmark says where it wins.
-x: [N, in]; W: [out, in]; u: [N, P]; up = s B: [out, P]; y: [N, out].
+bordered product of `lora_linear`; the benchmark says where it wins. Backward, the same kernel reads W and A down
+their columns: dx = dy W + du A.
+x: [N, in]; W: [out, in]; u: [N, P]; up = s B: [out, P]; y: [N, out]; du: [N, P]; down = A: [P, in].
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ DEPTH, GROUP = 64, 8
 
 @triton.jit
 def _product(
-    x, weight, u, up, y, num_rows, num_columns, K, P,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, weight, u, factor, bias, y, num_rows, num_columns, K, P,
+    BACKWARD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    NARROW: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     down, across = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
@@ -35,9 +36,14 @@ def _product(
         column = tile % (GROUP * across) // height * COLUMNS
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, K, DEPTH):
-            total = tl.dot(x.load([row, k]), weight.load([column, k]).T, total, input_precision=PRECISION)
+            w = weight.load([k, column]) if BACKWARD else weight.load([column, k]).T
+            total = tl.dot(x.load([row, k]), w, total, input_precision=PRECISION)
         for p in range(0, P, NARROW):
-            total = tl.dot(u.load([row, p]), up.load([column, p]).T, total, input_precision=PRECISION)
+            f = factor.load([p, column]) if BACKWARD else factor.load([column, p]).T
+            total = tl.dot(u.load([row, p]), f, total, input_precision=PRECISION)
+        if BIAS:
+            at = column + tl.arange(0, COLUMNS)
+            total += tl.load(bias + at, mask=at < num_columns, other=0.0).to(tl.float32)[None, :]
         y.store([row, column], total.to(y.dtype))
 
 
@@ -48,41 +54,55 @@ def suitable(*operands: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor, u: Tensor, up: Tensor, spare: int = 0) -> Tensor:
+def product(x: Tensor, weight: Tensor, u: Tensor, up: Tensor, bias: Tensor | None = None, spare: int = 0) -> Tensor:
     """y, with `spare` columns free to the right of each row."""
-    n, out = x.shape[0], weight.shape[0]
-    y = with_spare(n, out, spare, x)
+    return _launch(x, weight, u, up, bias, with_spare(x.shape[0], weight.shape[0], spare, x), backward=False)
+
+
+def product_backward(dy: Tensor, weight: Tensor, du: Tensor, down: Tensor) -> Tensor:
+    """dx [N, in]."""
+    return _launch(dy, weight, du, down, None, dy.new_empty(dy.shape[0], weight.shape[1]), backward=True)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, u: Tensor, factor: Tensor, bias: Tensor | None, y: Tensor, *, backward: bool
+) -> Tensor:
+    n, out = y.shape
     if n == 0:
         return y
-    assert suitable(x, weight, u, up, y), [t.stride() for t in (x, weight, u, up, y)]
+    assert suitable(x, weight, u, factor, y), [t.stride() for t in (x, weight, u, factor, y)]
     narrow = min(64, max(16, triton.next_power_of_2(u.shape[1])))
-    tile = tuning.tile("lora_gemm", x.device)
+    tile = tuning.tile("lora_gemm_backward" if backward else "lora_gemm", x.device)
     rows, columns = tile.rows, tile.columns
     tiles = triton.cdiv(n, rows) * triton.cdiv(out, columns)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    blocks = ([rows, DEPTH], [columns, DEPTH], [rows, narrow], [columns, narrow], [rows, columns])
-    operands = [TensorDescriptor.from_tensor(t, b) for t, b in zip((x, weight, u, up, y), blocks, strict=True)]
+    wide, thin = ([DEPTH, columns], [narrow, columns]) if backward else ([columns, DEPTH], [columns, narrow])
+    blocks = ([rows, DEPTH], wide, [rows, narrow], thin, [rows, columns])
+    operands = [TensorDescriptor.from_tensor(t, b) for t, b in zip((x, weight, u, factor, y), blocks, strict=True)]
     _product[(min(programs, tiles),)](
-        *operands, n, out, x.shape[1], u.shape[1], ROWS=rows, COLUMNS=columns, DEPTH=DEPTH, NARROW=narrow,
+        *operands[:4], u if bias is None else bias, operands[4], n, out, x.shape[1], u.shape[1],
+        BACKWARD=backward, BIAS=bias is not None, ROWS=rows, COLUMNS=columns, DEPTH=DEPTH, NARROW=narrow,
         GROUP=GROUP, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
 
-_TYPES = {
-    "x": "tensordesc<bf16[{ROWS},{DEPTH}]>", "weight": "tensordesc<bf16[{COLUMNS},{DEPTH}]>",
-    "u": "tensordesc<bf16[{ROWS},{NARROW}]>", "up": "tensordesc<bf16[{COLUMNS},{NARROW}]>",
-    "y": "tensordesc<bf16[{ROWS},{COLUMNS}]>", "num_rows": "i32", "num_columns": "i32", "K": "i32", "P": "i32",
-}  # fmt: skip
+def _case(name: str, tile: str, weight: str, factor: str, *, backward: bool) -> Compiled:
+    signature = {
+        "x": "tensordesc<bf16[{ROWS},{DEPTH}]>", "weight": f"tensordesc<bf16[{weight}]>",
+        "u": "tensordesc<bf16[{ROWS},{NARROW}]>", "factor": f"tensordesc<bf16[{factor}]>", "bias": "*bf16",
+        "y": "tensordesc<bf16[{ROWS},{COLUMNS}]>", "num_rows": "i32", "num_columns": "i32", "K": "i32", "P": "i32",
+    }  # fmt: skip
+    constants = {"DEPTH": DEPTH, "NARROW": 16, "GROUP": GROUP, "PRECISION": "tf32"}
+    constants |= {"BACKWARD": backward, "BIAS": not backward}
+    limits = Limits(registers=255, matrix=True)
+    return Compiled(name, _product, signature, constants, limits=limits, tile=tile, sizes=("ROWS", "COLUMNS"))
+
+
 COMPILED = [
-    Compiled(
-        "lora: fused product",
-        _product,
-        _TYPES,
-        {"DEPTH": DEPTH, "NARROW": 16, "GROUP": GROUP, "PRECISION": "tf32"},
-        limits=Limits(registers=255, matrix=True),
-        tile="lora_gemm",
-        sizes=("ROWS", "COLUMNS"),
-    )
+    _case("lora: fused product", "lora_gemm", "{COLUMNS},{DEPTH}", "{COLUMNS},{NARROW}", backward=False),
+    _case(
+        "lora: fused product, backward", "lora_gemm_backward", "{DEPTH},{COLUMNS}", "{NARROW},{COLUMNS}", backward=True
+    ),
 ]

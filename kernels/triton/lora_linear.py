@@ -1,8 +1,9 @@
-"""Frozen product with low-rank terms on a GPU, two forms.
+"""Frozen product with low-rank terms on a GPU, three forms, chosen a shape class by `tuning.form`.
 
 Bordered: x A^T stands in the columns to the right of x, s B in those to the right of W, and ONE library product
 gives y; A stands in the rows below W, and ONE library product gives dx, where dropout does not mask the term.
 Plain: the base product, then the low-rank term added by a second product that reads and writes y (or dx) again.
+Fused: one Triton product with the low-rank term in its epilogue (`lora_gemm`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.triton import lora_gemm
 from peftdyno.kernels.triton.low_rank import Modules, modules_of, pack
 from peftdyno.kernels.triton.skinny import Dropout, add_masked, outer, project
 
@@ -65,9 +68,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y [N, out] and u [N, sum of r]."""
     modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, x)
-    n, out = x.shape[0], weight.shape[0]
-    y = with_spare(n, out, spare, x)
-    if min(x_spare, border) >= modules.spread:
+    form = _form("lora_linear", x, weight, modules)
+    if form == "bordered" and min(x_spare, border) >= modules.spread:
+        y = with_spare(x.shape[0], weight.shape[0], spare, x)
         whole, factors = _widened(x, border), _widened(weight, border)
         pack(a, b, modules, _below(weight, border), factors[:, weight.shape[1] :])
         wide = whole[:, x.shape[1] :]
@@ -77,7 +80,22 @@ def forward(
     down, up, by_run = _scratch(x, weight, modules)
     pack(a, b, modules, down, up)
     u = project(x, down, modules, run_offsets, by_run, of_b=False, dropout=drop)
-    return _product(x, weight, bias, y).addmm_(u if by_run is None else by_run, up.t()), u
+    own = u if by_run is None else by_run
+    if form == "fused" and lora_gemm.suitable(x, weight, own, up) and _aligned(x, weight.shape[0] + spare):
+        return lora_gemm.product(x, weight, own, up, bias, spare), u
+    y = with_spare(x.shape[0], weight.shape[0], spare, x)
+    return _product(x, weight, bias, y).addmm_(own, up.t()), u
+
+
+def _form(operator: str, x: Tensor, weight: Tensor, modules: Modules) -> str:
+    """The form for tokens x in x out x columns of all low-rank terms."""
+    out, columns = weight.shape
+    return tuning.form(operator, (x.shape[0], columns, out, modules.spread), x.device)
+
+
+def _aligned(x: Tensor, columns: int) -> bool:
+    """Whether rows of so many elements start at multiples of 16 bytes."""
+    return columns * x.element_size() % 16 == 0
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -111,7 +129,8 @@ def backward(
     """Gradients of x (empty unless needed) and, in fp32, of every A and B."""
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, dy)
-    one_product = need_x and drop is None and border >= modules.spread and _has_spare(dy, border)
+    form = _form("lora_linear_backward", dy, weight, modules) if need_x and drop is None else "masked"
+    one_product = form == "bordered" and border >= modules.spread and _has_spare(dy, border)
     down, up, wide = _scratch(dy, weight, modules)
     if one_product:
         down, wide = _below(weight, border), _widened(dy, border)[:, dy.shape[1] :]
@@ -125,9 +144,12 @@ def backward(
     if one_product:
         stacked = weight.as_strided((weight.shape[0] + border, weight.shape[1]), weight.stride())
         return torch.mm(_widened(dy, border), stacked), da, db
+    own = du if wide is None else wide
+    if form == "fused" and lora_gemm.suitable(dy, weight, own, down) and _aligned(dy, weight.shape[1]):
+        return lora_gemm.product_backward(dy, weight, own, down), da, db
     dx = torch.mm(dy, weight)
     if drop is not None:
         add_masked(dx, du, down, modules, run_offsets, drop)
     else:
-        dx.addmm_(du if wide is None else wide, down)
+        dx.addmm_(own, down)
     return dx, da, db

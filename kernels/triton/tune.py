@@ -1,145 +1,118 @@
-"""Measure the tiles of every tuned kernel on this GPU and keep the fastest: what `peftdyno tune` runs.
+"""Measure tiles and forms on this GPU and keep the fastest: what `peftdyno tune` runs.
 
-Each kernel runs at the sizes given; a candidate replaces the shipped tile where its results stay right and it is
+Tiles are climbed from the shipped one to whichever neighbour is fastest, until none is; then each operator with
+several forms is timed in all of them, with those tiles. A candidate counts where its results stay right and it is
 faster by more than the spread of repeated measurements. `tuning.save` writes what was found.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from peftdyno.kernels import tuning
-from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton import attention, attention_backward, lora_gemm, skinny
-from peftdyno.kernels.triton.low_rank import modules_of
+from peftdyno.kernels.triton.tune_subjects import FormSubject, Subject, TuneSizes, form_subjects, subjects
 from peftdyno.kernels.tuning import Tile
 
 MARGIN = 1.02
 """A candidate must be faster by this factor."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class TuneSizes:
-    """Tokens, widths and heads to tune for; the defaults are those of an 8B model."""
-
-    tokens: int = 8192
-    width: int = 4096
-    out: int = 4096
-    rank: int = 16
-    heads: int = 32
-    key_heads: int = 8
-    head_dim: int = 128
+Timer = Callable[[Callable[[], Any]], float]
+"""Milliseconds of a call."""
+Report = Callable[[str, dict[str, Any]], None]
+"""Told each entry as it is found."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A tuned kernel: its entry of `tuning.SHIPPED`, and a call whose results must not depend on the tile."""
-
-    kernel: str
-    call: Callable[[], Any]
-
-
-def subjects(sizes: TuneSizes, device: torch.device) -> Iterator[Subject]:
-    """Every tuned kernel on random data, in bf16."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-
-    def rows(n: int, columns: int) -> Tensor:
-        return torch.randn(n, columns, device=device).to(dtype)
-
-    x, runs = rows(sizes.tokens, sizes.width), (0, sizes.tokens)
-    a = [torch.randn(1, sizes.rank, sizes.width, device=device)]
-    modules = modules_of(a, (0, sizes.out), (1.0,))
-    down, up, u = rows(sizes.rank, sizes.width), rows(sizes.out, sizes.rank), rows(sizes.tokens, sizes.rank)
-    streams = torch.arange(sizes.tokens, device=device)
-    dropout = skinny.Dropout(0.05, streams, torch.zeros(1, 1, dtype=torch.int64, device=device))
-    weight = rows(sizes.out, sizes.width)
-    project = lambda: skinny.project(x, down, modules, runs, None, of_b=False, dropout=dropout)  # noqa: E731
-    yield Subject("lora_project", project)
-    yield Subject("lora_outer", lambda: skinny.outer(u, x, modules, runs, of_b=False, dropout=dropout)[0])
-
-    def add() -> Tensor:
-        dx = x.clone()
-        skinny.add_masked(dx, u, down, modules, runs, dropout)
-        return dx
-
-    yield Subject("lora_add", add)
-    if lora_gemm.suitable(u, up):
-        yield Subject("lora_gemm", lambda: lora_gemm.product(x, weight, u, up))
-    yield from _attention(sizes, dtype, device)
-
-
-def _attention(sizes: TuneSizes, dtype: torch.dtype, device: torch.device) -> Iterator[Subject]:
-    n, heads, kv, d = sizes.tokens, sizes.heads, sizes.key_heads, sizes.head_dim
-    qkv = torch.randn(n, heads + 2 * kv, d, device=device).to(dtype)
-    q, k, v = qkv.split([heads, kv, kv], dim=1)
-    half = n // 2
-    segments = torch.tensor([[0, half, 0, 1], [half, n - half, 1, 2]], dtype=torch.int32)
-    chain = torch.tensor([[0, half, 0], [half, n - half, 0]], dtype=torch.int32)
-    options = (None, None, segments, chain, d**-0.5, 0, 0.0, 0)
-    kind = attention.width_class(d)
-    yield Subject(f"attention/{kind}", lambda: attention.forward(q, k, v, *options)[0])
-    out, lse = attention.forward(q, k, v, *options)
-    dout = with_spare(n, heads * d, 0, out).copy_(torch.randn(n, heads * d, device=device))
-    backward = lambda: attention_backward.backward(dout, q, k, v, None, None, out, lse, *options[2:])[0]  # noqa: E731
-    yield Subject(f"attention_dq/{kind}", backward)
-    yield Subject(f"attention_dk/{kind}", backward)
-
-
-def candidates(tile: Tile) -> list[Tile]:
-    """The shipped tile and those with one or two of its sizes halved or doubled."""
-    found = [tile]
-    for rows in (tile.rows // 2, tile.rows, tile.rows * 2):
-        for columns in (tile.columns // 2, tile.columns, tile.columns * 2):
-            for warps in {4, 8, tile.warps}:
-                for stages in {2, 3, 4, tile.stages}:
-                    found.append(replace(tile, rows=rows, columns=columns, warps=warps, stages=stages))
-    return [t for t in dict.fromkeys(found) if min(t.rows, t.columns) >= 16]
-
-
-def tune(sizes: TuneSizes, device: torch.device, only: str = "") -> dict[str, dict[str, Any]]:
-    """Fastest tile of each kernel whose name contains `only`: {kernel: {tile, ms, shipped_ms}}, for `tuning.save`."""
+def tune(
+    sizes: TuneSizes, device: torch.device, only: str = "", *, timer: Timer | None = None, report: Report | None = None
+) -> dict[str, dict[str, Any]]:
+    """Fastest tile of each kernel and form of each operator whose name contains `only`, for `tuning.save`:
+    {kernel: {tile, ms, shipped_ms}, operator and shape class: {form, ms of each form}}."""
+    clock = timer or (lambda call: milliseconds(call, device))
     found: dict[str, dict[str, Any]] = {}
-    for subject in subjects(sizes, device):
-        if only in subject.kernel:
-            found[subject.kernel] = _fastest(subject, device)
+
+    def keep(name: str, entry: dict[str, Any]) -> None:
+        found[name] = entry
+        if report is not None:
+            report(name, entry)
+
+    with ExitStack() as tiles:
+        for subject in subjects(sizes, device):
+            if only in subject.kernel:
+                keep(subject.kernel, fastest_tile(subject, device, clock))
+                tiles.enter_context(tuning.trial(subject.kernel, found[subject.kernel]["tile"]))
+        for choice in form_subjects(sizes, device):
+            if only in choice.name:
+                keep(choice.name, fastest_form(choice, clock))
     return found
 
 
-def _fastest(subject: Subject, device: torch.device) -> dict[str, Any]:
+def neighbours(tile: Tile) -> list[Tile]:
+    """Tiles that differ in one size: halved or doubled, or a stage more or less."""
+    found = [replace(tile, rows=n) for n in (tile.rows // 2, tile.rows * 2)]
+    found += [replace(tile, columns=n) for n in (tile.columns // 2, tile.columns * 2)]
+    found += [replace(tile, warps=n) for n in (4, 8) if n != tile.warps]
+    found += [replace(tile, stages=n) for n in (tile.stages - 1, tile.stages + 1)]
+    return [t for t in found if 16 <= t.rows <= 256 and 16 <= t.columns <= 256 and 1 <= t.stages <= 5]
+
+
+def fastest_tile(subject: Subject, device: torch.device, clock: Timer) -> dict[str, Any]:
+    """The tile that no neighbour beats, from the shipped one on."""
     shipped = tuning.SHIPPED[subject.kernel][tuning.architecture(device)]
     with tuning.trial(subject.kernel, shipped):
-        truth = subject.call()
-        baseline = milliseconds(subject.call, device)
-    best, best_ms = shipped, baseline
-    for tile in candidates(shipped)[1:]:
-        with tuning.trial(subject.kernel, tile):
-            ms = _trial(subject, truth, device)
-        if ms is not None and ms * MARGIN < best_ms:
-            best, best_ms = tile, ms
-    return {"tile": best, "ms": best_ms, "shipped_ms": baseline}
+        truth, baseline = subject.call(), clock(subject.call)
+    best, best_ms, times = shipped, baseline, {shipped: baseline}
+    while True:
+        for tile in neighbours(best):
+            if tile not in times:
+                ms = _trial(tuning.trial(subject.kernel, tile), subject.call, truth, clock)
+                times[tile] = float("inf") if ms is None else ms
+        tile = min(times, key=lambda t: times[t])
+        if times[tile] * MARGIN >= best_ms:
+            return {"tile": best, "ms": best_ms, "shipped_ms": baseline}
+        best, best_ms = tile, times[tile]
 
 
-def _trial(subject: Subject, truth: Tensor, device: torch.device) -> float | None:
-    """Milliseconds with the tile in force, or None where it does not fit or its results differ."""
-    try:
-        result = subject.call()
-    except OutOfResources:
-        return None
-    gap = float((result.float() - truth.float()).norm() / truth.float().norm())
-    return milliseconds(subject.call, device) if gap < 2 * torch.finfo(result.dtype).eps else None
+def fastest_form(subject: FormSubject, clock: Timer) -> dict[str, Any]:
+    """The default form, unless another is faster by the margin."""
+    default, *others = subject.forms
+    with tuning.trial_form(subject.operator, default):
+        truth, baseline = subject.call(), clock(subject.call)
+    times: dict[str, float | None] = {default: baseline}
+    for form in others:
+        times[form] = _trial(tuning.trial_form(subject.operator, form), subject.call, truth, clock)
+    right = {form: ms for form, ms in times.items() if ms is not None}
+    best = min(right, key=lambda form: right[form])
+    return {"form": best if right[best] * MARGIN < baseline else default, "ms": times}
+
+
+def _trial(choice: AbstractContextManager[None], call: Callable[[], Any], truth: Tensor, clock: Timer) -> float | None:
+    """Milliseconds of a candidate, or None where it does not fit or its results differ."""
+    with choice:
+        try:
+            result = call()
+        except (OutOfResources, CompilationError):
+            return None
+        except RuntimeError as error:
+            if "PassManager" not in str(error):  # what the compiler raises for a tile that it cannot lay out
+                raise
+            return None
+        gap = float((result.float() - truth.float()).norm() / truth.float().norm())
+        return clock(call) if gap < 2 * torch.finfo(result.dtype).eps else None
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
     """Median time of a call on the device."""
     if device.type != "cuda":
-        raise ValueError("tiles are tuned on a CUDA device; this machine has none")
+        raise ValueError("kernels are tuned on a CUDA device; this machine has none")
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     call()
     torch.cuda.synchronize()

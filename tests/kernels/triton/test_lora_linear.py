@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import lora_linear
+from peftdyno.kernels import lora_linear, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
 from peftdyno.kernels.random import keep_mask, stream_key
-from peftdyno.kernels.triton import load
+from peftdyno.kernels.triton import load, lora_gemm
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,36 @@ def test_lora_linear(case: Case, dropout: float, bordered: bool, dtype: torch.dt
         found = load("lora_linear_backward")(*backward)
         truth = in_float64(lora_linear.reference_backward, backward)
         assert not excess("lora_linear_backward", found, lora_linear.reference_backward(*backward), truth)
+
+
+ALIGNED = Case((0, 16, 48), 128, 64, ((8, 0, 32), (8, 32, 64)))
+"""Every operand's rows start at multiples of 16 bytes, as the fused form wants them."""
+
+
+@pytest.mark.parametrize("form", tuning.FORMS["lora_linear"])
+@pytest.mark.parametrize("case", [ALIGNED, CASES[2]], ids=["aligned", "odd"])
+def test_a_chosen_form_runs_where_the_operands_allow_it(
+    case: Case, form: str, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both directions in each form, against the reference; odd shapes go to the next form that takes them."""
+    launches: list[str] = []
+    for name in ("product", "product_backward"):
+        plain = getattr(lora_gemm, name)
+        monkeypatch.setattr(lora_gemm, name, lambda *a, n=name, f=plain: (launches.append(n), f(*a))[1])
+    x, weight, *rest = arguments(case, 0.0, torch.float32, device, case.spread)
+    bias = torch.randn(case.out, device=device)
+    dy = with_spare(x.shape[0], case.out, case.spread, x)
+    dy.copy_(torch.randn(x.shape[0], case.out))
+    forward = (x, weight, bias, *rest, case.spread, case.spread, 0)
+    with tuning.trial_form("lora_linear", form), tuning.trial_form("lora_linear_backward", form):
+        found = load("lora_linear")(*forward)
+        backward = (dy, x, found[1], weight, *rest, case.spread, True)
+        gradients = load("lora_linear_backward")(*backward)
+    truth = in_float64(lora_linear.reference_forward, forward)
+    assert not excess("forward", found, lora_linear.reference_forward(*forward), truth)
+    truth = in_float64(lora_linear.reference_backward, backward)
+    assert not excess("backward", gradients, lora_linear.reference_backward(*backward), truth)
+    assert launches == (["product", "product_backward"] if form == "fused" and case is ALIGNED else [])
 
 
 def test_gradient_inside_another_tensor_is_not_widened(device: Any) -> None:

@@ -1,15 +1,21 @@
-"""Tiles: shipped for every architecture, overridden by what was measured, and never trusted unread."""
+"""Tiles and forms: shipped for every architecture, overridden by what was measured, and never trusted unread."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.triton import tune
+from peftdyno.kernels.triton.tune_subjects import FormSubject, Product, Subject, TuneSizes, form_subjects, subjects
 from peftdyno.kernels.tuning import Tile
 
 CPU = torch.device("cpu")
+SIZES = TuneSizes(
+    tokens=20, products=(Product(columns=16, outs=(16, 8)),), rank=16, runs=2, heads=2, key_heads=1, head_dim=16
+)
 
 
 def test_every_kernel_ships_a_tile_for_every_architecture() -> None:
@@ -21,28 +27,105 @@ def test_every_kernel_ships_a_tile_for_every_architecture() -> None:
 
 def test_a_trial_ends() -> None:
     tile = Tile(16, 16, 4, 1)
-    with tuning.trial("lora_add", tile):
+    with tuning.trial("lora_add", tile), tuning.trial_form("lora_linear", "plain"):
         assert tuning.tile("lora_add", CPU) == tile
+        assert tuning.form("lora_linear", (1, 2, 3, 4), CPU) == "plain"
     assert tuning.tile("lora_add", CPU) == tuning.SHIPPED["lora_add"][90]
+    assert tuning.form("lora_linear", (1, 2, 3, 4), CPU) == "bordered"
 
 
-def test_measured_tiles_are_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_is_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tile = Tile(64, 64, 4, 2)
+    tile, name = Tile(64, 64, 4, 2), tuning.shape_class("lora_linear", (8000, 64, 96, 16))
     file = tuning.save(CPU, {"lora_add": {"tile": tile, "ms": 1.0}})
-    tuning.save(CPU, {"lora_outer": {"tile": tile, "ms": 2.0}})
-    assert tuning._measured(file) == {"lora_add": tile, "lora_outer": tile}
+    tuning.save(CPU, {"lora_outer": {"tile": tile, "ms": 2.0}, name: {"form": "fused", "ms": {"fused": 1.0}}})
+    found = tuning._measured(file)
+    assert found.tiles == {"lora_add": tile, "lora_outer": tile} and found.forms == {name: "fused"}
     file.write_text('{"lora_add": {"tile": {"rows": 1}}}')
     tuning._measured.cache_clear()
     with pytest.raises(ValueError, match="delete it and run"):
         tuning._measured(file)
 
 
-def test_every_tile_has_a_subject_and_candidates(device: torch.device) -> None:
-    sizes = tune.TuneSizes(tokens=20, width=16, out=16, rank=16, heads=2, key_heads=1, head_dim=16)
-    names = {subject.kernel for subject in tune.subjects(sizes, device)}
+def test_measured_choices_hold_for_their_shape_class_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = tuning.shape_class("lora_linear", (5000, 64, 96, 16))
+    found = tuning.Measured({"lora_add": Tile(16, 16, 4, 1)}, {name: "plain"})
+    monkeypatch.setattr(tuning, "measured", lambda device: found)
+    assert tuning.form("lora_linear", (8192, 64, 96, 16), CPU) == "plain"
+    assert tuning.form("lora_linear", (4096, 64, 96, 16), CPU) == "bordered"
+    assert tuning.form("lora_linear", (8192, 64, 96, 32), CPU) == "bordered"
+    picked = tuning.picked(CPU)
+    assert "measured here" in picked["lora_add"] and "shipped for sm_90" in picked["lora_outer"]
+    assert picked[name] == "plain (measured here)" and "default" in picked["lora_linear"]
+
+
+def test_every_tile_has_a_subject(device: torch.device) -> None:
+    names = {subject.kernel for subject in subjects(SIZES, device)}
     others = {name for name in tuning.SHIPPED if name.split("/")[-1] in ("128", "256", "decode")}
     assert names == set(tuning.SHIPPED) - others
     for kernel, tiles in tuning.SHIPPED.items():
-        found = tune.candidates(tiles[90])
-        assert found[0] == tiles[90] and len(set(found)) == len(found) > 4, kernel
+        found = tune.neighbours(tiles[90])
+        assert tiles[90] not in found and len(set(found)) == len(found) > 4, kernel
+
+
+def test_every_form_has_a_subject_whose_forms_agree(device: torch.device) -> None:
+    operators = set()
+    for subject in form_subjects(SIZES, device):
+        entry = tune.fastest_form(subject, lambda call: 1.0)
+        assert list(entry["ms"].values()) == [1.0] * len(subject.forms), (subject.name, entry)
+        operators.add(subject.operator)
+        assert subject.forms == tuning.FORMS[subject.operator], "the sizes allow every form"
+    assert operators == set(tuning.FORMS)
+
+
+def counted(times: Callable[[Tile], float]) -> Any:
+    """A timer that reads the tile in force."""
+    return lambda call: times(tuning.tile("lora_add", CPU))
+
+
+def test_tiles_are_climbed_to_the_fastest() -> None:
+    goal = Tile(256, 32, 4, 2)
+
+    def distance(tile: Tile) -> float:
+        pairs = zip((tile.rows, tile.columns, tile.warps), (goal.rows, goal.columns, goal.warps), strict=True)
+        return 10.0 + sum(max(a, b) / min(a, b) for a, b in pairs) + abs(tile.stages - goal.stages)
+
+    subject = Subject("lora_add", lambda: torch.ones(3))
+    entry = tune.fastest_tile(subject, CPU, counted(distance))
+    assert entry["tile"] == goal and entry["ms"] == distance(goal) < entry["shipped_ms"]
+    same = tune.fastest_tile(subject, CPU, counted(lambda tile: 1.0 - 1e-4 * tile.rows))
+    assert same["tile"] == tuning.SHIPPED["lora_add"][90], "differences within the margin change nothing"
+
+
+def test_a_tile_with_other_results_is_not_taken() -> None:
+    subject = Subject("lora_add", lambda: torch.full((3,), float(tuning.tile("lora_add", CPU).rows)))
+    entry = tune.fastest_tile(subject, CPU, counted(lambda tile: 1.0 / tile.rows))
+    assert entry["tile"].rows == tuning.SHIPPED["lora_add"][90].rows
+
+
+def test_the_fastest_right_form_is_taken() -> None:
+    def run(times: dict[str, float], value: Callable[[str], float]) -> dict[str, Any]:
+        def current() -> str:
+            return tuning.form("lora_linear", (1, 1, 1, 1), CPU)
+
+        call = lambda: torch.full((2,), value(current()))  # noqa: E731
+        subject = FormSubject("lora_linear", (1, 1, 1, 1), tuning.FORMS["lora_linear"], call)
+        return tune.fastest_form(subject, lambda call: times[current()])
+
+    times = {"bordered": 3.0, "plain": 2.0, "fused": 1.0}
+    assert run(times, lambda form: 1.0)["form"] == "fused"
+    wrong = run(times, lambda form: 2.0 if form == "fused" else 1.0)
+    assert wrong["form"] == "plain" and wrong["ms"]["fused"] is None
+    assert run(dict.fromkeys(times, 1.0) | {"fused": 0.99}, lambda form: 1.0)["form"] == "bordered"
+
+
+def test_tuning_reports_and_keeps_tiles_for_the_forms(device: torch.device) -> None:
+    told: list[str] = []
+    found = tune.tune(SIZES, device, "lora_add", timer=lambda call: 1.0, report=lambda name, entry: told.append(name))
+    assert list(found) == told == ["lora_add"] and found["lora_add"]["ms"] == 1.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_timed() -> None:
+    with pytest.raises(ValueError, match="this machine has none"):
+        tune.milliseconds(lambda: None, CPU)

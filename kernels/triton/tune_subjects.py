@@ -1,0 +1,162 @@
+"""What `peftdyno tune` measures: every tuned kernel, and every operator that has several forms, on random data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftdyno.kernels import tuning
+from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.triton import attention, attention_backward, lora_gemm, lora_linear, skinny
+from peftdyno.kernels.triton.low_rank import modules_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A frozen product of a model: its input's width and the rows of each of its modules."""
+
+    columns: int
+    outs: tuple[int, ...]
+
+    @property
+    def out(self) -> int:
+        """Rows of the weight."""
+        return sum(self.outs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSizes:
+    """Tokens, products, ranks and heads to tune for; the defaults are those of an 8B model, LoRA on every module."""
+
+    tokens: int = 8192
+    products: tuple[Product, ...] = (
+        Product(columns=4096, outs=(4096, 1024, 1024)),
+        Product(columns=4096, outs=(4096,)),
+        Product(columns=4096, outs=(14336, 14336)),
+        Product(columns=14336, outs=(4096,)),
+    )
+    rank: int = 16
+    runs: int = 1
+    heads: int = 32
+    key_heads: int = 8
+    head_dim: int = 128
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tuned kernel: its entry of `tuning.SHIPPED`, and a call whose results must not depend on the tile."""
+
+    kernel: str
+    call: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class FormSubject:
+    """An operator at one shape: those of its forms that the operands allow, and a call that takes the one in force."""
+
+    operator: str
+    shape: tuple[int, ...]
+    forms: tuple[str, ...]
+    call: Callable[[], Any]
+
+    @property
+    def name(self) -> str:
+        """Its entry of the cache."""
+        return tuning.shape_class(self.operator, self.shape)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random tensors in the dtype that the device is tuned for."""
+
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bf16, but for the interpreter, which multiplies it wrongly."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float16
+
+    def rows(self, n: int, columns: int, spare: int = 0) -> Tensor:
+        """[n, columns] of variance 1 / columns, so that sums stay within fp16."""
+        out = with_spare(n, columns, spare, torch.empty(0, dtype=self.dtype, device=self.device))
+        return out.copy_(self.factors(1, n, columns)[0])
+
+    def factors(self, runs: int, rows: int, columns: int) -> Tensor:
+        """fp32 [runs, rows, columns]."""
+        values: Tensor = torch.randn(runs, rows, columns, device=self.device) * columns**-0.5
+        return values
+
+
+def subjects(sizes: TuneSizes, device: torch.device) -> Iterator[Subject]:
+    """Every tuned kernel."""
+    draw, product = Draw(device), max(sizes.products, key=lambda p: p.columns)
+    x, runs, out = draw.rows(sizes.tokens, product.columns), (0, sizes.tokens), product.out
+    modules = modules_of([draw.factors(1, sizes.rank, product.columns)], (0, out), (1.0,))
+    down, up = draw.rows(sizes.rank, product.columns), draw.rows(out, sizes.rank)
+    u, dy = draw.rows(sizes.tokens, sizes.rank), draw.rows(sizes.tokens, out)
+    weight = draw.rows(out, product.columns)
+    streams = torch.arange(sizes.tokens, device=device)
+    dropout = skinny.Dropout(0.05, streams, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    project = lambda: skinny.project(x, down, modules, runs, None, of_b=False, dropout=dropout)  # noqa: E731
+    yield Subject("lora_project", project)
+    yield Subject("lora_outer", lambda: skinny.outer(u, x, modules, runs, of_b=False, dropout=dropout)[0])
+
+    def add() -> Tensor:
+        dx = x.clone()
+        skinny.add_masked(dx, u, down, modules, runs, dropout)
+        return dx
+
+    yield Subject("lora_add", add)
+    if lora_gemm.suitable(x, weight, u, up, dy):
+        yield Subject("lora_gemm", lambda: lora_gemm.product(x, weight, u, up))
+        yield Subject("lora_gemm_backward", lambda: lora_gemm.product_backward(dy, weight, u, down))
+    yield from _attention(sizes, draw)
+
+
+def _attention(sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
+    n, heads, kv, d = sizes.tokens, sizes.heads, sizes.key_heads, sizes.head_dim
+    qkv = draw.rows(n, (heads + 2 * kv) * d).unflatten(1, (heads + 2 * kv, d))
+    q, k, v = qkv.split([heads, kv, kv], dim=1)
+    half = n // 2
+    segments = torch.tensor([[0, half, 0, 1], [half, n - half, 1, 2]], dtype=torch.int32)
+    chain = torch.tensor([[0, half, 0], [half, n - half, 0]], dtype=torch.int32)
+    options = (None, None, segments, chain, d**-0.5, 0, 0.0, 0)
+    kind = attention.width_class(d)
+    yield Subject(f"attention/{kind}", lambda: attention.forward(q, k, v, *options)[0])
+    out, lse = attention.forward(q, k, v, *options)
+    dout = draw.rows(n, heads * d)
+    backward = lambda: attention_backward.backward(dout, q, k, v, None, None, out, lse, *options[2:])[0]  # noqa: E731
+    yield Subject(f"attention_dq/{kind}", backward)
+    yield Subject(f"attention_dk/{kind}", backward)
+
+
+def form_subjects(sizes: TuneSizes, device: torch.device) -> Iterator[FormSubject]:
+    """Every operator that has several forms, at each product of the model."""
+    for product in sizes.products:
+        yield from _lora(product, sizes, Draw(device))
+
+
+def _lora(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubject]:
+    """The product with low-rank terms on all its modules, in memory that allows every form."""
+    n, ranks = sizes.tokens, sizes.rank
+    spread = ranks * len(product.outs) * sizes.runs
+    shape = (n, product.columns, product.out, spread)
+    weight = draw.rows(product.out + spread, product.columns, spread)[: product.out]
+    a = [draw.factors(sizes.runs, ranks, product.columns) for _ in product.outs]
+    b = [draw.factors(sizes.runs, out, ranks) for out in product.outs]
+    ends = [sum(product.outs[: m + 1]) for m in range(len(product.outs))]
+    rows = [i for out, end in zip(product.outs, ends, strict=True) for i in (end - out, end)]
+    offsets = [n * j // sizes.runs for j in range(sizes.runs + 1)]
+    factors = (a, b, [1.0] * (len(a) * sizes.runs), rows, offsets, 0.0, None, None)
+    x, dy = draw.rows(n, product.columns, spread), draw.rows(n, product.out, spread)
+    u = draw.rows(n, ranks * len(product.outs))
+    aligned = lora_gemm.suitable(x, dy, weight, torch.empty(1, spread, dtype=draw.dtype, device=draw.device))
+    forms = tuning.FORMS["lora_linear"] if aligned else ("bordered", "plain")
+    forward = lambda: lora_linear.forward(x, weight, None, *factors, spread, spread, 0)[0]  # noqa: E731
+    yield FormSubject("lora_linear", shape, forms, forward)
+    backward = lambda: lora_linear.backward(dy, x, u, weight, *factors, spread, True)[0]  # noqa: E731
+    yield FormSubject("lora_linear_backward", shape, forms, backward)
