@@ -22,6 +22,7 @@ def command(json_output: o.Json = False) -> None:
         "versions": machine.versions(),
         "git": machine.git(),
         "cpu_kernels": "compiled C++" if AVAILABLE else "PyTorch operations: the C++ extension is not built",
+        "gpu_kernels": _gpu_kernels(),
         "model_cache": str(cache_folder()),
     }
     if json_output:
@@ -31,3 +32,19 @@ def command(json_output: o.Json = False) -> None:
             for key, inner in part.items()]  # fmt: skip
     rows += [(name, str(value)) for name, value in found.items() if not isinstance(value, dict)]
     print_table(("", ""), rows)
+
+
+def _gpu_kernels() -> dict[str, str] | str:
+    """Tile of each kernel and form of each operator with why, or why there are none."""
+    import importlib.util
+
+    import torch
+
+    from peftdyno.kernels import tuning
+
+    if not torch.cuda.is_available():
+        return "none: PyTorch sees no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "none: Triton is not installed; operators run as plain PyTorch"
+    device = torch.device("cuda", torch.cuda.current_device())
+    return {"choices": str(tuning.cache_file(device)), **tuning.picked(device)}
