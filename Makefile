@@ -2,6 +2,7 @@
 #   PYTHON=python3.12        interpreter the environment is made from (3.11 or newer)
 #   TORCH=torch==2.11.0      torch to install before everything that depends on it
 #   ARGS='-k pack'           extra arguments of pytest for `make test`
+#   TRITON=3.6               another Triton than the newest for `make aot`
 #   JOBS=4                   processes that run the tests, each with one thread
 
 SHELL := bash
@@ -17,6 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 READY := $(VENV)/ready
 TYPING := build/typing/peftdyno
+TRITON_AT := $(if $(TRITON),build/triton-$(TRITON))
 
 define KERNELS_IN_USE
 from peftdyno.kernels.cpu import AVAILABLE
@@ -37,9 +39,19 @@ golden: $(READY)
 	PEFTDYNO_GOLDEN=write $(BIN)/pytest tests/test_tiny.py
 
 # Every Triton kernel compiled for sm_80, sm_90 and sm_100 without a GPU: registers, spills, shared memory, limits.
-aot: $(READY)
+# TRITON=3.6 compiles with that version instead, kept beside the environment.
+aot: $(READY) $(TRITON_AT)
+ifdef TRITON
+	PYTHONPATH=$(TRITON_AT) $(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot-triton-$(TRITON).json
+else
 	$(PIP) install -c $(VENV)/constraints 'triton>=3.6'
 	$(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot.json
+endif
+
+build/triton-%: | $(READY)
+	@mkdir -p build && rm -rf $@.part
+	$(PIP) install --no-deps --target $@.part 'triton==$*.*'
+	@mv $@.part $@
 
 gpu:
 	bench/gpu.sh $(ARGS)
