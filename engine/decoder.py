@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from peftdyno.engine.accounting.scope import Scope
+from peftdyno.engine.activations import Activations, Policy
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.cache import KVCache
 from peftdyno.engine.config import DecoderConfig, RopeScaling
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.weights import DecoderWeights, LayerWeights
 from peftdyno.kernels.adapted_linear import TokenRuns, adapted_linear
-from peftdyno.kernels.attention import AttentionShape, rotary_attention
+from peftdyno.kernels.attention import AttentionShape, rotary_attention, rotated
 from peftdyno.kernels.glu import glu
 from peftdyno.kernels.head_norm import head_norm
 from peftdyno.kernels.label_loss import label_loss
@@ -43,11 +44,16 @@ class Rows:
 
 @dataclass
 class Decoder:
-    """A frozen base model: its config, its weights, and the scope its operations are charged to."""
+    """A frozen base model: its config, its weights, the scope its operations are charged to, and what of a training
+    step's forward pass is kept for the backward pass."""
 
     config: DecoderConfig
     weights: DecoderWeights
     scope: Scope = field(default_factory=Scope)
+    activations: Policy = "keep"
+
+    def __post_init__(self) -> None:
+        self.saved = Activations(self.activations, self.scope)
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +138,23 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """One block: takes and gives (residual stream, what the block before still has to add to it)."""
         normed, residual = self.norm("input_norm", i, weights.input_norm, bank, rows.runs, residual, delta, site="qkv")
+
+        def block(normed: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return self.block(i, weights, rows, bank, normed, residual, last)
+
+        return self.saved.layer(i, block, normed, residual)
+
+    def block(
+        self,
+        i: int,
+        weights: LayerWeights,
+        rows: Rows,
+        bank: AdapterBank,
+        normed: Tensor,
+        residual: Tensor,
+        last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """A layer after its first norm."""
         delta = self.attention(i, weights, rows, bank, normed)
         runs = rows.runs
         if last:
@@ -153,10 +176,16 @@ class Decoder:
     def attention(self, i: int, weights: LayerWeights, rows: Rows, bank: AdapterBank, normed: Tensor) -> Tensor:
         """Fused projections, head norms, rotary embedding and attention over the pack: [N, H d]."""
         qkv = self.linear("qkv", i, weights.qkv, weights.qkv_bias, bank, rows.runs, normed)
-        if weights.q_norm is not None and weights.k_norm is not None:
-            qkv = self.head_norm(i, weights.q_norm, weights.k_norm, bank, rows.runs, qkv)
         shape = self.attention_shape(i)
         cos, sin = rows.rotary[self.rope_theta(i)]
+        if weights.q_norm is not None and weights.k_norm is not None:
+            norms, plain = (weights.q_norm, weights.k_norm), qkv
+            qkv = self.head_norm(i, *norms, bank, rows.runs, plain)
+
+            def turned() -> Tensor:
+                return rotated(self.head_norm(i, *norms, bank, rows.runs, plain.detach()), cos, sin, shape)
+
+            self.saved.pointwise(qkv, turned)  # once attention has turned them
         prefix = bank.prefix(i)
         if rows.cache is not None:
             return rows.cache.attend(i, qkv, cos, sin, shape, prefix)
@@ -193,14 +222,20 @@ class Decoder:
     def mlp(self, i: int, weights: LayerWeights, bank: AdapterBank, runs: TokenRuns, normed: Tensor) -> Tensor:
         """Gated MLP: [N, D]."""
         gate_up = self.linear("gate_up", i, weights.gate_up, None, bank, runs, normed)
-        inner = glu(
-            gate_up,
-            self.config.activation,
-            scale=bank.glu_scale(i),
-            run_offsets=runs.offsets,
-            spare=bank.spare(i, "down"),
-            grad_spare=bank.spare(i, "gate_up"),
-        )
+
+        def gated(gate_up: Tensor) -> Tensor:
+            return glu(
+                gate_up,
+                self.config.activation,
+                scale=bank.glu_scale(i),
+                run_offsets=runs.offsets,
+                spare=bank.spare(i, "down"),
+                grad_spare=bank.spare(i, "gate_up"),
+            )
+
+        inner = gated(gate_up)
+        self.saved.pointwise(inner, lambda: gated(gate_up.detach()))
+        self.saved.before_last_product()
         return self.linear("down", i, weights.down, None, bank, runs, inner)
 
     def linear(
@@ -236,15 +271,21 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Norm of residual + delta and that sum; `site` names the product that reads the normed rows."""
         tuned = bank.norm(i, name)
-        return rms_norm(
-            residual if delta is None else delta,
-            weight if tuned is None else tuned,
-            eps=self.config.rms_norm_eps,
-            offset=self.config.norm_offset,
-            residual=None if delta is None else residual,
-            run_offsets=runs.offsets,
-            spare=0 if site is None else bank.spare(i, site),
-        )
+
+        def normed(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            return rms_norm(
+                x,
+                weight if tuned is None else tuned,
+                eps=self.config.rms_norm_eps,
+                offset=self.config.norm_offset,
+                residual=residual,
+                run_offsets=runs.offsets,
+                spare=0 if site is None else bank.spare(i, site),
+            )
+
+        y, total = normed(residual, None) if delta is None else normed(delta, residual)
+        self.saved.pointwise(y, lambda: normed(total.detach(), None)[0])
+        return y, total
 
     def attention_shape(self, i: int) -> AttentionShape:
         """Heads and score options of a layer."""

@@ -271,6 +271,12 @@ class _Attention(torch.autograd.Function):
         return dqkv, (None if prefix_k is None else dk), (None if prefix_v is None else dv), None
 
 
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, shape: AttentionShape) -> Tensor:
+    """The rows with their query and key heads turned, in place, as attention keeps them for its backward pass."""
+    rotary.ROTARY(qkv, cos, sin, shape.num_heads + shape.num_key_value_heads, False)
+    return qkv
+
+
 def rotary_attention(
     qkv: Tensor,
     cos: Tensor,

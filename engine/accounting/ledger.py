@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -13,9 +13,12 @@ from peftdyno.engine.accounting.clock import Clock, clock_for
 from peftdyno.engine.accounting.counting import Counter
 from peftdyno.engine.accounting.pack_shape import PackShape
 from peftdyno.engine.accounting.scope import Owner, Phase, Scope
+from peftdyno.engine.activations import Policy
 from peftdyno.engine.pack import Pack
 
 if TYPE_CHECKING:
+    from peftdyno.engine.accounting.energy import EnergyMeter
+    from peftdyno.engine.accounting.meter import Meter
     from peftdyno.engine.adapters.bank import AdapterBank
     from peftdyno.engine.adapters.method import Method
     from peftdyno.engine.config import DecoderConfig
@@ -36,6 +39,7 @@ class Subject:
     dtype: torch.dtype
     device: torch.device
     quant: str | None = None
+    activations: Policy = "keep"
 
 
 @dataclass
@@ -59,6 +63,9 @@ class Ledger:
     """Packs of every finished step."""
     tokens: list[int] = field(default_factory=list)
     """Tokens of every finished step."""
+    meter: Meter | None = None
+    """Where there is one, it is told when a step or an evaluation between steps ends."""
+    energy: EnergyMeter | None = None
     _seen: list[PackShape] = field(default_factory=list)
 
     @classmethod
@@ -70,6 +77,7 @@ class Ledger:
             dtype=decoder.dtype,
             device=decoder.device,
             quant=decoder.weights.quantisation,
+            activations=decoder.activations,
         )
         scope = decoder.scope
         counter = Counter(scope) if on else None
@@ -91,9 +99,22 @@ class Ledger:
             elif self.counting and name in COUNTED_PHASES:
                 yield from self._counted()
             else:
-                self.clock.start()
-                yield
-                self.clock.stop(name)
+                yield from self._timed(name)
+
+    def _timed(self, name: Phase) -> Iterator[None]:
+        if self.energy is not None:
+            self.energy.start()
+        self.clock.start()
+        yield
+        self.clock.stop(name)
+        if self.energy is not None:
+            self.energy.stop(name)
+        if name == "evaluation":
+            self._mark("evaluation")
+
+    def _mark(self, stage: Literal["training", "evaluation"] | None) -> None:
+        if self.meter is not None:
+            self.meter.mark(stage)
 
     def _counted(self) -> Iterator[None]:
         assert self.counter is not None
@@ -120,6 +141,7 @@ class Ledger:
         self.tokens.append(sum(shape.num_tokens for shape in self._seen))
         self._seen = []
         self.num_steps += 1
+        self._mark("training")
 
     def abandon_step(self) -> None:
         """Forget what the unfinished step cost, for it will be repeated."""
@@ -127,3 +149,4 @@ class Ledger:
             self.scope.record(False)
             self.clock.end_step(keep=False)
             self._seen = []
+            self._mark(None)

@@ -15,6 +15,7 @@ from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.accounting.symbolic import SymbolicCounter
 from peftdyno.engine.accounting.tally import Tally
+from peftdyno.engine.activations import Policy
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.config import DecoderConfig
@@ -40,14 +41,15 @@ class Untuned(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is predicted: a model, the method of each run, the compute dtype, the type of device, and the kind of 4-bit
-    weights where the base has them."""
+    """What is predicted: a model, the method of each run, the compute dtype, the type of device, the kind of 4-bit
+    weights where the base has them, and what is kept for the backward pass."""
 
     config: DecoderConfig
     methods: tuple[Method, ...] = (Untuned(),)
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     quant: str | None = None
+    activations: Policy = "keep"
 
     @property
     def root(self) -> Root | None:
@@ -60,7 +62,7 @@ class Job:
         if self.quant is not None:
             weights = quantise_weights(weights, self.config, self.quant)
         bank = AdapterBank.create(self.config, self.methods, range(len(self.methods)), weights)
-        return Decoder(self.config, weights, scope), bank
+        return Decoder(self.config, weights, scope, self.activations), bank
 
     def plain_pack(self, batch: int, length: int, *, num_prompt: int = 1) -> Pack:
         """`batch` sequences of `length` tokens for every run, without a shared prefix."""

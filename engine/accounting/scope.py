@@ -21,7 +21,8 @@ class Scope:
     """Phase, owner and layer (-1 before the first, num_layers after the last) of the operation running now.
 
     While `recording`, it also notes which stretches of the autograd graph each owner builds, so that a backward
-    operation is charged to the owner of its forward one.
+    operation is charged to the owner of its forward one. What is computed again during a backward pass is charged as
+    in the forward pass, to the owner that runs.
     """
 
     phase: Phase = "forward"
@@ -47,7 +48,7 @@ class Scope:
     def _enter(self, phase: Phase, owner: Owner) -> None:
         changed = owner != self.owner
         self.phase, self.owner = phase, owner
-        if changed and self.recording:
+        if changed and self.recording and self.phase != "recompute":
             self._note()
 
     def _note(self) -> None:
@@ -66,7 +67,7 @@ class Scope:
     def running_owner(self) -> Owner:
         """Owner of the operation running now; inside a backward pass, that of the forward operation."""
         node = torch._C._current_autograd_node()
-        if node is None:
+        if node is None or self.phase == "recompute":
             return self.owner
         if node.name().endswith("AccumulateGrad"):
             return "adapter"  # nothing else is trained

@@ -10,6 +10,7 @@ from typing import Any
 
 from peftdyno.engine.accounting.ledger import WARM_UP_STEPS, Ledger
 from peftdyno.engine.accounting.memory_predict import training_memory
+from peftdyno.engine.accounting.pack_shape import PackShape
 from peftdyno.engine.accounting.predict import Job, training_step
 from peftdyno.engine.accounting.scope import Phase
 from peftdyno.engine.accounting.tally import Tally, nested
@@ -29,7 +30,9 @@ def summary(ledger: Ledger) -> dict[str, Any]:
     `memory`: {predicted_peak_bytes, predicted_by_category} of the largest packs. `time`: {phase: {median, p10, p90,
     total, count}} in seconds over the timed steps after warm-up. `steps`: how many there were of each kind.
     """
-    return {**_flops(ledger), "memory": predicted_memory(ledger), "time": times(ledger), "steps": _steps(ledger)}
+    shapes = {shape for step in ledger.packs for shape in step}
+    memory = predicted_memory(ledger, tuple(shapes))
+    return {**flops_summary(ledger), "memory": memory, "time": times(ledger), "steps": _steps(ledger)}
 
 
 def _steps(ledger: Ledger) -> dict[str, Any]:
@@ -65,7 +68,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _flops(ledger: Ledger) -> dict[str, Any]:
+def flops_summary(ledger: Ledger) -> dict[str, Any]:
+    """`flops`, `flops_by_class` and `flops_equal_by_layer` of the sampled steps; empty where nothing was counted."""
     if ledger.counter is None or ledger.subject is None or not ledger.sampled:
         return {}
     counted, predicted = ledger.counter.tally, predicted_tally(ledger, ledger.sampled)
@@ -88,7 +92,7 @@ def figures(tally: Tally) -> dict[str, dict[str, int]]:
 
 def predicted_tally(ledger: Ledger, steps: Sequence[int]) -> Tally:
     """Costs of the given steps, predicted from the shapes of their packs."""
-    job, total = _job(ledger), Tally()
+    job, total = subject_job(ledger), Tally()
     for shapes, times_seen in Occurrences(ledger.packs[step] for step in steps).items():
         step_tally = training_step(job, [shape.pack() for shape in shapes])
         for _ in itertools.repeat(None, times_seen):
@@ -96,14 +100,13 @@ def predicted_tally(ledger: Ledger, steps: Sequence[int]) -> Tally:
     return total
 
 
-def predicted_memory(ledger: Ledger) -> dict[str, Any]:
-    """Peak of the training step whose packs are the largest, in tokens or in labels; on the CPU with the scratch of
-    its matrix library, which is measured. Empty where no step was finished."""
-    shapes = {shape for step in ledger.packs for shape in step}
+def predicted_memory(ledger: Ledger, shapes: Sequence[PackShape]) -> dict[str, Any]:
+    """Peak of the training step whose packs are the largest of `shapes`, in tokens or in labels; on the CPU with the
+    scratch of its matrix library, which is measured. Empty where there is no shape."""
     if ledger.subject is None or not shapes:
         return {}
     largest = {max(shapes, key=lambda s: (s.num_tokens, s.num_labels)), max(shapes, key=lambda s: s.num_label_rows)}
-    logs = [training_memory(_job(ledger), [shape.pack()], probe=True) for shape in largest]
+    logs = [training_memory(subject_job(ledger), [shape.pack()], probe=True) for shape in largest]
     highest = max(logs, key=lambda log: log.peak_bytes)
     return {
         "predicted_peak_bytes": highest.peak_bytes,
@@ -111,7 +114,8 @@ def predicted_memory(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _job(ledger: Ledger) -> Job:
+def subject_job(ledger: Ledger) -> Job:
+    """What the ledger's figures are predicted for."""
     subject = ledger.subject
     assert subject is not None, "the ledger does not know whose costs it holds"
     return Job(
@@ -120,4 +124,5 @@ def _job(ledger: Ledger) -> Job:
         dtype=subject.dtype,
         device=subject.device.type,
         quant=subject.quant,
+        activations=subject.activations,
     )

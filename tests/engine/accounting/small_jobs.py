@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from peftdyno.engine.accounting.predict import Job
+from peftdyno.engine.activations import POLICIES
 from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import Method
@@ -102,7 +104,13 @@ def real_model(job: Job, seed: int = 0) -> tuple[Decoder, AdapterBank]:
     """Decoder and bank of random values for a job, on the CPU."""
     weights = random_weights(job.config, job.dtype, seed)
     runs = range(len(job.methods))
-    return Decoder(job.config, weights), AdapterBank.create(job.config, job.methods, runs, weights)
+    decoder = Decoder(job.config, weights, activations=job.activations)
+    return decoder, AdapterBank.create(job.config, job.methods, runs, weights)
+
+
+def under_every_policy(job: Job) -> list[Job]:
+    """The job with each choice of what is kept for the backward pass."""
+    return [replace(job, activations=policy) for policy in POLICIES]
 
 
 def pack_of(job: Job, found: list[Sequence], *, share_prefix: bool) -> Pack:
