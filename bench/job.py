@@ -18,13 +18,13 @@ from peftdyno.bench import model_card
 from peftdyno.bench.base_model import BaseModel
 from peftdyno.bench.data import Loader, Splits, load_rows, splits
 from peftdyno.bench.evaluate import Evaluation, evaluate
-from peftdyno.bench.peak_memory import PeakMemory
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.record import Measured, make_record
 from peftdyno.bench.rendering import Examples
 from peftdyno.bench.settings import JobSettings
-from peftdyno.bench.step_costs import inference_tflop_above_base, training_flops
-from peftdyno.bench.steps import StepLog
+from peftdyno.bench.step_costs import inference_costs, training_costs
+from peftdyno.bench.step_summary import summarise
+from peftdyno.bench.steps import FILE, StepLog
 from peftdyno.bench.store import RECORD, RunRecord, finished_record, read_object, write_record
 from peftdyno.bench.task import Task
 from peftdyno.bench.tasks import TASKS, get_task
@@ -220,7 +220,7 @@ def _train(
     )
     ledger = Ledger.of(decoder, bank)
     gc.collect()  # what earlier jobs left in cycles would count as memory of this one
-    with StepLog(places.work, ledger, PeakMemory(decoder.device)) as log, progress.training(job.label()) as tell:
+    with StepLog(places.work, ledger, decoder, bank) as log, progress.training(job.label()) as tell:
 
         def after_step(done: int, total: int, loss: float, tokens: int) -> None:
             log.append(done, tokens)
@@ -236,11 +236,14 @@ def _train(
         }
         for run, (own, seed) in enumerate(zip(examples, seeds, strict=True))
     ]
-    flops = training_flops(ledger, places.work)
-    assert ledger.subject is not None
-    above_base = inference_tflop_above_base(ledger.subject, job.method)
+    steps = summarise(places.work / FILE)
     measured = Measured(
-        state=state, steps=log.summary(), work=places.work, cut=cut, flops=flops, inference_tflop=above_base
+        state=state,
+        steps=steps,
+        work=places.work,
+        cut=cut,
+        costs=training_costs(ledger, places.work, steps),
+        inference=inference_costs(ledger, job.method),
     )
     return bank, measured
 
@@ -256,7 +259,7 @@ def _score(
 ) -> list[Evaluation]:
     """Score the runs of a bank on the test rows, which are the same for every seed."""
     settings = job.settings
-    with measured.watch(which, base.decoder.device), progress.scoring(f"{which} model, {job.label()}") as tell:
+    with measured.watch(which, base.decoder, bank), progress.scoring(f"{which} model, {job.label()}") as tell:
         return evaluate(
             base.decoder,
             bank,

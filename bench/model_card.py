@@ -54,13 +54,18 @@ def _sizes(record: RunRecord) -> list[tuple[str, str, str]]:
 def _resources(record: RunRecord) -> list[tuple[str, str, str]]:
     rows = [
         (name.replace("_", " ").removesuffix(" bytes"), f"{value / GB:.3f} GB", _kind(name))
-        for name, value in record.memory.model_dump(exclude_none=True).items()
+        for name, value in record.memory.model_dump(exclude_none=True, exclude={"predicted_by_category"}).items()
     ]
     rows += [(f"{phase}, all steps", f"{value:.1f} s", "measured") for phase, value in _phases(record).items()]
     for kind in ("predicted", "counted") if record.flops is not None else ():
         for phase, owners in getattr(record.flops, kind).items():
             name = f"{phase}, FLOPs of {len(record.flops.steps)} step(s)"
             rows.append((name, f"{sum(owners.values()):,}", kind))
+    if record.flops is not None and record.flops.total is not None:
+        total = record.flops.total
+        rows.append((f"matrix FLOPs of all {total.steps} steps", f"{total.sum():,}", total.kind))
+    if record.energy is not None:
+        rows += [(f"energy, {phase}", f"{value:.1f} J", "measured") for phase, value in record.energy.joules.items()]
     above = record.pscp_inputs.inference_tflop_above_base
     if above is not None:
         rows.append(("inference above the base model, 1 x 512 tokens", f"{above:.6f} TFLOP", "predicted"))

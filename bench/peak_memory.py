@@ -1,12 +1,17 @@
-"""Peaks of memory as the system and the CUDA allocator measured them, from one moment on."""
+"""Peaks of memory as the allocators and the system measured them, from one moment on."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from peftdyno.engine.accounting.meter import CudaMeter, Meter, metered
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -16,14 +21,18 @@ RESET_PEAK = "5"
 
 @dataclass
 class PeakMemory:
-    """Starts over where it is made; a figure that this system does not give is absent."""
+    """Starts over where it is made; a figure that this system does not give is absent.
+
+    Where it is entered, a meter also follows live tensors; `kept` are those that there are already.
+    """
 
     device: torch.device
+    kept: Iterable[Tensor] = ()
+    meter: Meter | None = None
     resident: bool = field(init=False)
+    _open: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         _give_back()
         try:
             RESET.write_text(RESET_PEAK)
@@ -32,12 +41,23 @@ class PeakMemory:
         else:
             self.resident = True
 
+    def __enter__(self) -> PeakMemory:
+        self.meter = self._open.enter_context(metered(self.device, self.kept))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
     def figures(self) -> dict[str, int]:
-        """Bytes by the names of `store.Memory`."""
+        """Bytes by the names of `store.Memory`, of all that was marked so far."""
         found = {}
-        if self.device.type == "cuda":
-            found["measured_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            found["reserved_peak_bytes"] = torch.cuda.max_memory_reserved(self.device)
+        if self.meter is not None:
+            names = {"training": "measured_peak_bytes", "evaluation": "evaluation_peak_bytes"}
+            found = {names[stage]: value for stage, value in self.meter.peaks.items()}
+        if isinstance(self.meter, CudaMeter):
+            free, everything = torch.cuda.mem_get_info(self.device)
+            found["reserved_peak_bytes"] = self.meter.reserved
+            found["device_used_bytes"] = everything - free
         if self.resident:
             found["resident_peak_bytes"] = _largest_resident_set()
         return found

@@ -12,14 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from peftdyno.bench import machine
 from peftdyno.bench.evaluate import Evaluation
 from peftdyno.bench.peak_memory import PeakMemory
-from peftdyno.bench.steps import StepSummary
-from peftdyno.bench.store import Flops, Memory, Parameters, PscpInputs, RunRecord
+from peftdyno.bench.step_costs import TrainingCosts
+from peftdyno.bench.step_summary import StepSummary
+from peftdyno.bench.store import Energy, Inference, Memory, Parameters, PscpInputs, RunRecord
+from peftdyno.engine.accounting.energy import energy_counter, energy_metered
+from peftdyno.engine.accounting.meter import kept_tensors
 from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.train import TrainState
 from peftdyno.engine.weights import parameter_count
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 GB = 1e9
 MEASURES = ("measured_peak_bytes", "resident_peak_bytes")
 """Figures that may stand for the memory of training, best first."""
+EVALUATION_MEASURES = ("evaluation_peak_bytes", "resident_peak_bytes")
+"""The same while scoring."""
+SCORING = {"tuned": "evaluation", "untuned": "baseline"}
+"""What the scoring of a model is called in a record."""
 
 
 @dataclass
@@ -40,20 +46,27 @@ class Measured:
     steps: StepSummary
     work: Path
     cut: list[dict[str, int]]
-    flops: Flops | None
-    inference_tflop: float
-    """Predicted, above the base model's."""
+    costs: TrainingCosts
+    inference: Inference
+    joules: dict[str, float] = field(default_factory=dict)
+    """Of scoring, where they can be measured."""
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     baseline: Evaluation | None = None
 
     @contextmanager
-    def watch(self, which: str, device: torch.device) -> Iterator[None]:
-        """Clock and memory of one evaluation."""
-        start, memory = time.perf_counter(), PeakMemory(device)
-        yield
+    def watch(self, which: str, decoder: Decoder, bank: AdapterBank) -> Iterator[None]:
+        """Clock, memory and energy of one evaluation."""
+        start = time.perf_counter()
+        counter = energy_counter(decoder.device)
+        with PeakMemory(decoder.device, kept_tensors(decoder, bank)) as memory, energy_metered(counter) as energy:
+            yield
+            if memory.meter is not None:
+                memory.meter.mark("evaluation")
+            self.memory[which] = memory.figures()
+            if energy is not None and not energy.lost:
+                self.joules[which] = energy.total()
         self.seconds[which] = time.perf_counter() - start
-        self.memory[which] = memory.figures()
 
 
 def make_record(
@@ -88,8 +101,10 @@ def make_record(
             stored=job.method.stored_count(bank.config),
             total=parameter_count(bank.config) + trained,
         ),
-        flops=measured.flops,
+        flops=measured.costs.flops,
+        inference=measured.inference,
         memory=memory,
+        energy=_energy(measured),
         time=_time(base, measured),
         loss=_losses(measured, run),
         scores=None if tuned is None else tuned.scores,
@@ -108,14 +123,22 @@ def _concerns(event: str, run: int) -> bool:
 
 def _memory(measured: Measured) -> Memory:
     while_scoring = measured.memory.get("tuned", {})
-    peak = next((while_scoring[name] for name in MEASURES if name in while_scoring), None)
-    return Memory(**measured.steps.memory, evaluation_peak_bytes=peak)
+    peak = next((while_scoring[name] for name in EVALUATION_MEASURES if name in while_scoring), None)
+    return Memory(**measured.costs.memory, **measured.steps.memory, evaluation_peak_bytes=peak)
+
+
+def _energy(measured: Measured) -> Energy | None:
+    """Training's, with scoring's where that was measured too."""
+    found = measured.steps.energy
+    if found is None:
+        return None
+    scoring = {SCORING[which]: value for which, value in measured.joules.items()}
+    return found.model_copy(update={"joules": {**found.joules, **scoring}})
 
 
 def _time(base: BaseModel, measured: Measured) -> dict[str, float]:
-    scoring = {"tuned": "evaluation", "untuned": "baseline"}
     found = {"load": base.load_seconds, "training": measured.steps.wall}
-    found |= {scoring[name]: value for name, value in measured.seconds.items()}
+    found |= {SCORING[name]: value for name, value in measured.seconds.items()}
     return {"total": sum(found.values()), **found, **measured.steps.seconds()}
 
 
@@ -134,7 +157,7 @@ def _pscp_inputs(job: Job, measured: Measured, trained: int, memory: Memory, tun
     return PscpInputs(
         score_percent=None if score is None else 100 * score,
         trainable_parameters=trained,
-        inference_tflop_above_base=measured.inference_tflop,
+        inference_tflop_above_base=measured.inference.tflop_above_base("forward"),
         memory_gb=None if kind is None else getattr(memory, kind) / GB,
         memory_kind=kind,
     )

@@ -18,6 +18,7 @@ from peftdyno.bench.peak_memory import PeakMemory
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.store import read_object
 from peftdyno.bench.task import Task
+from peftdyno.engine.accounting.meter import kept_tensors
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.peft_format import CONFIG_FILE, bank_from_adapters
 from peftdyno.engine.atomic import remove_partials, write_json
@@ -77,9 +78,10 @@ def score(scoring: Scoring, base: BaseModel, out: Path, progress: Progress) -> d
     key = scoring.key(base)
     _claim(out, key)
     bank = load_bank(base, scoring.adapters)
-    start, memory = time.perf_counter(), PeakMemory(base.decoder.device)
+    start = time.perf_counter()
     files = [out / "predictions.jsonl"] if len(scoring.names()) == 1 else [out / f"{n}.jsonl" for n in scoring.names()]
-    with progress.scoring(f"{scoring.task.name}") as tell:
+    memory = PeakMemory(base.decoder.device, kept_tensors(base.decoder, bank))
+    with memory, progress.scoring(f"{scoring.task.name}") as tell:
         found = evaluate(
             base.decoder,
             bank,
@@ -91,6 +93,8 @@ def score(scoring: Scoring, base: BaseModel, out: Path, progress: Progress) -> d
             max_length=scoring.max_length,
             progress=tell,
         )
+        if memory.meter is not None:
+            memory.meter.mark("evaluation")
     seconds = time.perf_counter() - start
     record = {
         **_about(scoring, base, key),

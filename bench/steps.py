@@ -1,20 +1,25 @@
-"""StepLog: what each step took on the clock and in memory, on disk, so that a resumed run still knows all of it."""
+"""StepLog: what each step took on the clock, in memory and in energy, on disk, so that a resumed run still knows all
+of it."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from peftdyno.bench.peak_memory import PeakMemory
+from peftdyno.engine.accounting.energy import EnergyMeter, energy_counter, energy_metered
 from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.meter import kept_tensors
+from peftdyno.engine.accounting.pack_shape import PackShape
+from peftdyno.engine.accounting.work import Work, total_work
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.decoder import Decoder
 
 FILE = "steps.jsonl"
-WARM_UP = 3
-"""Steps at the start that the percentiles leave out, where there are many more."""
 BETWEEN = "evaluation"
 """The ledger's phase that lies between steps: validation. In a record, `evaluation` is the scoring of test rows."""
 
@@ -24,19 +29,30 @@ class StepLog:
     """Appends a line a step to steps.jsonl; a step repeated after a kill has two lines, as both were spent.
 
     `wall` is all the time since the line before, validation and checkpoints included; `phases` are the ledger's
-    seconds of steps it has timed since, which on a device may be of earlier ones.
+    seconds of steps it has timed since, which on a device may be of earlier ones; `work` is what the step's FLOPs
+    follow from; `largest` has the packs that were larger than all before.
     """
 
     folder: Path
     ledger: Ledger
-    memory: PeakMemory
+    decoder: Decoder
+    bank: AdapterBank
+    memory: PeakMemory = field(init=False)
     file: BinaryIO = field(init=False)
     began: float = field(init=False)
-    seen: int = 0
+    timed: int = 0
+    packed: int = 0
+    _joules: dict[str, float] = field(default_factory=dict)
+    _largest: tuple[tuple[int, int], int] = ((0, 0), 0)
+    _open: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> StepLog:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = (self.folder / FILE).open("ab")
+        self.file = self._open.enter_context((self.folder / FILE).open("ab"))
+        device = self.decoder.device
+        self.memory = PeakMemory(device, kept_tensors(self.decoder, self.bank))
+        self.ledger.meter = self._open.enter_context(self.memory).meter
+        self.ledger.energy = self._open.enter_context(energy_metered(energy_counter(device)))
         self.began = time.perf_counter()
         return self
 
@@ -44,7 +60,8 @@ class StepLog:
         if kind is None:
             self.ledger.clock.read()
             self._write({"tokens": 0})
-        self.file.close()
+        self.ledger.meter = self.ledger.energy = None
+        self._open.close()
 
     def append(self, step: int, tokens: int) -> None:
         """Note the step that ended now."""
@@ -52,64 +69,38 @@ class StepLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         timed, now = self.ledger.clock.steps, time.perf_counter()
-        line |= {"wall": now - self.began, "phases": timed[self.seen :], "memory": self.memory.figures()}
-        self.seen, self.began = len(timed), now
+        packs = self.ledger.packs[self.packed :]
+        line |= {"wall": now - self.began, "phases": timed[self.timed :], "memory": self.memory.figures()}
+        line |= {"work": self._work(packs), "largest": [pack.as_dict() for step in packs for pack in self._new(step)]}
+        if self.ledger.energy is not None:
+            line["energy"] = self._energy(self.ledger.energy)
+        self.timed, self.packed, self.began = len(timed), self.packed + len(packs), now
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
 
-    def summary(self) -> StepSummary:
-        """Of all steps there have been."""
-        return summarise(self.folder / FILE)
+    def _work(self, steps: list[tuple[PackShape, ...]]) -> dict[str, Any]:
+        return asdict(total_work([Work.of(self.bank.config, pack) for step in steps for pack in step]))
+
+    def _new(self, step: tuple[PackShape, ...]) -> list[PackShape]:
+        """The packs of a step that are larger than all before, in tokens and labels or in rows that predict."""
+        found = []
+        for pack in step:
+            size, rows = self._largest
+            if (pack.num_tokens, pack.num_labels) > size or pack.num_label_rows > rows:
+                found.append(pack)
+                self._largest = max(size, (pack.num_tokens, pack.num_labels)), max(rows, pack.num_label_rows)
+        return found
+
+    def _energy(self, meter: EnergyMeter) -> dict[str, Any]:
+        """Joules since the line before, of all and of each phase."""
+        now = {**meter.joules, "training": meter.total()}
+        since = {phase: value - self._joules.get(phase, 0.0) for phase, value in now.items()}
+        self._joules = now
+        return {"lost": True} if meter.lost else {"source": meter.source(), "joules": since}
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepSummary:
-    """Seconds in all and by phase, percentiles of one step, peaks of memory, and tokens computed."""
-
-    wall: float
-    phases: dict[str, float]
-    step: dict[str, float]
-    memory: dict[str, int]
-    tokens: int
-
-    def seconds(self) -> dict[str, float]:
-        """For a record's `time`."""
-        return {"training": self.wall, **self.phases, **self.step}
-
-
-def summarise(path: Path) -> StepSummary:
-    """Sums and peaks of a file of steps; a line cut short by a kill is left out."""
-    lines = _whole_lines(path)
-    timed = [step for line in lines for step in line["phases"]]
-    phases: dict[str, float] = {}
-    memory: dict[str, int] = {}
-    for step in timed:
-        for phase, value in step.items():
-            name = "validation" if phase == BETWEEN else phase
-            phases[name] = phases.get(name, 0.0) + value
-    for line in lines:
-        for name, value in line["memory"].items():
-            memory[name] = max(memory.get(name, 0), value)
-    took = [sum(value for phase, value in step.items() if phase != BETWEEN) for step in timed]
-    took = took[WARM_UP:] if len(took) >= 4 * WARM_UP else took
-    return StepSummary(
-        wall=sum(line["wall"] for line in lines),
-        phases=phases,
-        step=_percentiles(took),
-        memory=memory,
-        tokens=sum(line["tokens"] for line in lines),
-    )
-
-
-def _percentiles(values: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile; nothing of no values."""
-    if len(values) < 2:
-        return {"step_median": values[0]} if values else {}
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return {"step_median": statistics.median(values), "step_p10": tenths[0], "step_p90": tenths[-1]}
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a file that is whole JSON."""
     lines = []
     for text in path.read_bytes().split(b"\n"):
         try:

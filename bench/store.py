@@ -37,6 +37,54 @@ class Parameters(_Part):
     total: int
 
 
+class TotalFlops(_Part):
+    """Matrix FLOPs of every training step, predicted by summing products over layers: phase -> owner -> number."""
+
+    kind: Literal["predicted"] = "predicted"
+    steps: int
+    """How many, those that a kill made necessary twice included."""
+    matrix: Figures
+    """Attention over the attended pairs."""
+    matrix_full: Figures
+    """Attention over the full square."""
+
+    def sum(self) -> int:
+        """All of `matrix`."""
+        return sum(value for owners in self.matrix.values() for value in owners.values())
+
+
+class Inference(_Part):
+    """FLOPs of all classes of one run over one sequence, attention over the attended pairs: `forward`, logits of every
+    token; `prefill`, of the last; `decode`, one token generated after the sequence with a key and value cache."""
+
+    kind: Literal["predicted"] = "predicted"
+    tokens: int
+    base: dict[str, int]
+    unmerged: dict[str, int]
+    merged: dict[str, int] | None = None
+    """The adapter folded into the weights, or its encoder run beforehand."""
+    not_mergeable: str | None = None
+    """Why there is no `merged`."""
+
+    def tflop_above_base(self, phase: str, *, merged: bool = False) -> float | None:
+        """TFLOP of a phase less the base model's; None where the method cannot be merged."""
+        figures = self.merged if merged else self.unmerged
+        return None if figures is None else (figures[phase] - self.base[phase]) / 1e12
+
+
+class Energy(_Part):
+    """Joules that the hardware's own counter says were used, by phase; `training` has all between its first step and
+    its end, the others are parts of it or of scoring."""
+
+    source: str
+    """rapl (Linux, processor) or nvml (NVIDIA, card)."""
+    covers: str
+    """Whose energy it is."""
+    resolution_seconds: float
+    """After how long the counter shows a new value."""
+    joules: dict[str, float]
+
+
 class Flops(_Part):
     """Of the sampled steps, summed: predicted from the shapes of their packs, and counted while they ran."""
 
@@ -50,16 +98,24 @@ class Flops(_Part):
     """Which steps were sampled, from 0, of those since the last resume."""
     equal_by_layer: bool
     """Whether both agree in every phase, owner and layer."""
+    total: TotalFlops | None = None
+    """Of all steps, not of the sampled ones alone."""
 
 
 class Memory(_Part):
     """Bytes. Tensor peaks are predicted or measured; the resident and device peaks are the whole process's."""
 
     predicted_peak_bytes: int | None = None
+    predicted_by_category: dict[str, int] | None = None
+    """What is alive at the predicted peak."""
     measured_peak_bytes: int | None = None
-    """Largest sum of live tensors while training."""
+    """Largest sum of live tensors in a training step, as the allocator handed them out."""
+    validation_peak_bytes: int | None = None
+    """The same between steps, while validation losses were computed."""
     reserved_peak_bytes: int | None = None
     """What the CUDA allocator held at most."""
+    device_used_bytes: int | None = None
+    """Used on the whole card, by all programs, at the end of a step at most."""
     resident_peak_bytes: int | None = None
     """Largest resident set while training."""
     evaluation_peak_bytes: int | None = None
@@ -101,7 +157,10 @@ class RunRecord(_Part):
     steps: int
     parameters: Parameters
     flops: Flops | None = None
+    inference: Inference | None = None
     memory: Memory
+    energy: Energy | None = None
+    """Only where a counter could be read."""
     time: dict[str, float]
     """Seconds by phase; `step_median`, `step_p10`, `step_p90` are of one step."""
     loss: dict[str, float | int | None]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -35,6 +37,16 @@ class PackShape:
             pack.labels.row_runs.offsets,
             pack.virtual_rows.numel(),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "table": array("q", self.table).tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PackShape:
+        """Of what `as_dict` gave."""
+        offsets = {name: tuple(values[name]) for name in ("run_offsets", "label_offsets", "row_offsets")}
+        return cls(table=array("q", values["table"]).tobytes(), num_virtual=values["num_virtual"], **offsets)
 
     @property
     def num_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 from peftdyno.engine.accounting.attended import square_pairs, visible_pairs
 from peftdyno.engine.accounting.pack_shape import PackShape
@@ -39,6 +40,11 @@ class Work:
         windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
         pairs = {window or NO_WINDOW: visible_pairs(segments, window) for window in windows}
         return cls(tokens, label_rows, labels, pairs, square_pairs(segments))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Work:
+        """Of its fields as JSON holds them, where windows are texts."""
+        return cls(**{**values, "pairs": {int(window): pairs for window, pairs in values["pairs"].items()}})
 
     def __add__(self, other: Work) -> Work:
         pairs = {

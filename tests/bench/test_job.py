@@ -18,8 +18,9 @@ from peftdyno.bench.base_model import load_base
 from peftdyno.bench.job import Job, Places, run_job
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.settings import make_settings
-from peftdyno.bench.steps import summarise
+from peftdyno.bench.step_summary import summarise
 from peftdyno.bench.store import read_record
+from peftdyno.kernels import memory
 
 
 def job_settings(model: Path, data: Path, **more):
@@ -57,12 +58,47 @@ def test_record_and_files(base, tiny_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists() and not list(tmp_path.rglob(".partial*"))
 
 
+@pytest.mark.skipif(not memory.available(), reason="needs the compiled extension, which records allocations")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "prompt-tuning", "full"])
+def test_predicted_peak_of_a_training_is_the_measured_one(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, dtype: str, method: str
+) -> None:
+    """Also on a processor with another matrix library the two must be within one hundredth."""
+    base = load_base(str(tiny_model), dtype, "cpu")
+    found = finish(base, tmp_path, data=tiny_data, dtype=dtype, method=method, batch=4, steps=4)[0]
+    figures = found.memory
+    assert figures.predicted_peak_bytes == pytest.approx(figures.measured_peak_bytes, rel=0.01)
+    assert sum(figures.predicted_by_category.values()) == figures.predicted_peak_bytes
+    assert 0 < figures.validation_peak_bytes < figures.measured_peak_bytes
+    assert 0 < figures.evaluation_peak_bytes < figures.resident_peak_bytes
+    assert found.pscp_inputs.memory_kind == "measured_peak_bytes"
+    assert found.pscp_inputs.memory_gb == figures.measured_peak_bytes / 1e9
+
+
+def test_all_steps_flops(base, tiny_data: Path, tmp_path: Path) -> None:
+    """With one step it is the sampled one; more steps cost more; inference is that of the unmerged and merged model."""
+    one, more = (finish(base, tmp_path / str(n), data=tiny_data, steps=n, evaluate=False)[0] for n in (1, 3))
+    matrix = {
+        phase: {owner: values["matrix"] for owner, values in owners.items() if values["matrix"]}
+        for phase, owners in one.flops.by_class["counted"].items()
+    }
+    assert one.flops.total.matrix == {phase: owners for phase, owners in matrix.items() if owners}
+    assert (one.flops.total.steps, more.flops.total.steps) == (1, 3)
+    assert more.flops.total.sum() > 2 * one.flops.total.sum()
+    costs = one.inference
+    assert costs.merged == costs.base and costs.tflop_above_base("forward", merged=True) == 0
+    assert costs.base["decode"] < costs.base["prefill"] < costs.base["forward"] < costs.unmerged["forward"]
+    assert one.pscp_inputs.inference_tflop_above_base == costs.tflop_above_base("forward")
+
+
 def test_model_card_states_what_was_measured(base, tiny_data: Path, tmp_path: Path) -> None:
     record = finish(base, tmp_path, data=tiny_data)[0]
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert f"| f1, tuned model | {100 * record.score():.2f}% | measured |" in card
     assert f"| trainable parameters | {record.parameters.trainable:,} | exact |" in card
-    assert "resident peak" in card
+    assert "| measured peak |" in card and "| resident peak |" in card
+    assert "matrix FLOPs of all 6 steps" in card
 
 
 def test_adapter_is_the_tuned_one(base, tiny_data: Path, tmp_path: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from peftdyno.engine.accounting import closed_form
 from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.meter import Meter, metered
 from peftdyno.engine.accounting.pack_shape import PackShape
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.accounting.summary import summary
+from peftdyno.engine.accounting.work import Work, total_work
 from peftdyno.engine.train import TrainConfig, train
+from peftdyno.kernels import memory
 
 from ..tiny_job import job, tiny_bank, tiny_decoder
 
@@ -38,6 +44,53 @@ def test_summary_of_a_training(tmp_path: Path) -> None:
     assert set(found["time"]) == PHASES
     assert all(t["p10"] <= t["median"] <= t["p90"] and t["count"] == 3 for t in found["time"].values())
     assert found["memory"]["predicted_peak_bytes"] == sum(found["memory"]["predicted_by_category"].values())
+
+
+def test_all_steps_summed_from_their_work_are_what_they_counted(tmp_path: Path) -> None:
+    ledger = trained(tmp_path, steps=5, every=1)
+    subject = ledger.subject
+    work = total_work([Work.of(subject.config, pack) for step in ledger.packs for pack in step])
+    work = Work.from_dict(json.loads(json.dumps(asdict(work))))
+    counted = ledger.counter.tally.by("phase", "owner", "layer").items()
+    matrices = {place: (c.matrix, c.matrix_full) for place, c in counted if (c.matrix, c.matrix_full) != (0, 0)}
+    assert closed_form.training(subject.config, subject.methods, work, 5) == matrices
+    shape = ledger.packs[0][0]
+    assert PackShape.from_dict(json.loads(json.dumps(shape.as_dict()))) == shape
+
+
+class Told(Meter):
+    """A meter that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str | None] = []
+
+    def mark(self, stage) -> None:
+        self.stages.append(stage)
+
+
+def test_a_meter_is_told_where_steps_and_evaluations_end(tmp_path: Path) -> None:
+    decoder = tiny_decoder()
+    bank = tiny_bank(decoder)
+    ledger = Ledger.of(decoder, bank)
+    ledger.meter = Told()
+    train(decoder, bank, [job(steps=4)], TrainConfig(evaluate_every=0.5), tmp_path, ledger=ledger)
+    assert ledger.meter.stages == ["training", "training", "evaluation"] * 2
+    ledger.abandon_step()
+    assert ledger.meter.stages[-1] is None
+
+
+@pytest.mark.skipif(not memory.available(), reason="needs the compiled extension, which records allocations")
+def test_a_meter_keeps_stages_apart() -> None:
+    kept = [torch.zeros(100), torch.zeros(10)]
+    kept.append(kept[0].view(10, 10))
+    with metered(torch.device("cpu"), kept) as meter:
+        large = torch.zeros(1000)
+        del large
+        meter.mark("training")
+        small = torch.zeros(50)
+        meter.mark("evaluation")
+        meter.mark(None)
+    assert meter.peaks == {"training": 440 + 4000, "evaluation": 440 + small.nbytes}
 
 
 def test_counting_leaves_training_as_it_is(tmp_path: Path) -> None:
