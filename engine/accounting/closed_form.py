@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peftdyno.engine.accounting.method_products import Products, products_of
 from peftdyno.engine.accounting.pack_shape import PackShape
 from peftdyno.engine.accounting.scope import Owner, Phase
 from peftdyno.engine.accounting.work import NO_WINDOW, Work, total_work
+from peftdyno.engine.activations import Policy
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.pack import Segment
@@ -73,8 +74,19 @@ class _Walk:
 
     def layer(self, layer: int, work: Work, last_rows: int) -> None:
         """One block; `last_rows` leave its attention."""
-        rows = work.tokens
         self.live |= self.products.trains(layer, "input_norm")
+        self.block(layer, work, last_rows, down=True)
+
+    def again(self, layer: int, work: Work, last_rows: int) -> None:
+        """A block that runs again for its backward pass: not its last product where nothing from there on is kept."""
+        trained = any(self.products.trains(layer, place) for place in ("down", "mlp"))
+        down = trained or self.products.replaces_base or self.config.post_norms
+        if self.live:
+            replace(self, phase="recompute", train=False).block(layer, work, last_rows, down=down)
+
+    def block(self, layer: int, work: Work, last_rows: int, *, down: bool) -> None:
+        """A block after its first norm."""
+        rows = work.tokens
         self.linear("qkv", layer, rows)
         self.live |= self.products.trains(layer, "head_norm")
         self.attention(layer, work)
@@ -83,8 +95,9 @@ class _Walk:
         self.live |= self.products.trains(layer, "mlp_norm")
         self.linear("gate_up", layer, last_rows)
         self.live |= self.products.trains(layer, "glu")
-        self.linear("down", layer, last_rows)
-        self.added("mlp", layer, last_rows)
+        if down:
+            self.linear("down", layer, last_rows)
+            self.added("mlp", layer, last_rows)
 
     def head(self, rows: int, loss: bool) -> None:
         """Logits; the loss's operator forms the gradient of a frozen head while the logits are there."""
@@ -105,20 +118,28 @@ SITES = {
 }
 
 
-def training_step(config: DecoderConfig, methods: Sequence[Method], packs: Sequence[PackShape]) -> Sums:
+def training_step(
+    config: DecoderConfig, methods: Sequence[Method], packs: Sequence[PackShape], activations: Policy = "keep"
+) -> Sums:
     """One step over the packs."""
-    return training(config, methods, total_work([Work.of(config, pack) for pack in packs]), 1)
+    return training(config, methods, total_work([Work.of(config, pack) for pack in packs]), 1, activations)
 
 
-def training(config: DecoderConfig, methods: Sequence[Method], work: Work, num_steps: int) -> Sums:
-    """All steps of a training, from the sum of their packs' work."""
+def training(
+    config: DecoderConfig, methods: Sequence[Method], work: Work, num_steps: int, activations: Policy = "keep"
+) -> Sums:
+    """All steps of a training, from the sum of their packs' work. Matrix products are computed again under policy
+    `recompute` only."""
     products = products_of(config, methods)
     walk = _Walk(config, products, "forward", train=True)
     walk.add("adapter", -1, num_steps * products.per_step, num_steps * products.per_step_backward)
     walk.live = products.trains(-1, "embed")
     for layer in range(config.num_hidden_layers):
         last = layer == config.num_hidden_layers - 1
-        walk.layer(layer, work, work.label_rows if last else work.tokens)
+        last_rows = work.label_rows if last else work.tokens
+        walk.layer(layer, work, last_rows)
+        if activations == "recompute":
+            walk.again(layer, work, last_rows)
     walk.head(work.labels, loss=True)
     return _kept(walk)
 

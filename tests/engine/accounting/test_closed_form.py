@@ -17,7 +17,7 @@ from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.builtin_configs import builtin_config
 from peftdyno.engine.pack import Sequence
 
-from .small_jobs import EACH, QUICK, jobs, pack_of, sequences
+from .small_jobs import EACH, QUICK, jobs, pack_of, sequences, under_every_policy
 
 LLAMA = builtin_config("llama-3-8b")
 
@@ -37,8 +37,9 @@ def test_equals_the_count(method: Method, data: st.DataObject) -> None:
     prompts = data.draw(sequences(len(job.methods)))
     packs = [pack_of(job, data.draw(sequences(len(job.methods))), share_prefix=share) for _ in range(2)]
     shapes = [PackShape.of(pack) for pack in packs]
-    step = closed_form.training_step(job.config, job.methods, shapes)
-    assert step == matrices(predict.training_step(job, packs))
+    for one in under_every_policy(job):
+        step = closed_form.training_step(job.config, job.methods, shapes, one.activations)
+        assert step == matrices(predict.training_step(one, packs))
     logits = closed_form.forward_pass(job.config, job.methods, shapes[0])
     assert logits == matrices(predict.forward_pass(job, packs[0]))
     prompt_pack = PackShape.of(pack_of(job, prompts, share_prefix=True))
