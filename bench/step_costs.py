@@ -59,7 +59,9 @@ def _all_steps(ledger: Ledger, steps: StepSummary) -> TotalFlops:
     job = subject_job(ledger)
     causal: dict[str, dict[str, int]] = {}
     full: dict[str, dict[str, int]] = {}
-    for (phase, owner, _), sums in closed_form.training(job.config, job.methods, steps.work, steps.steps).items():
+    for (phase, owner, _), sums in closed_form.training(
+        job.config, job.methods, steps.work, steps.steps, job.activations
+    ).items():
         for table, value in zip((causal, full), sums, strict=True):
             owners = table.setdefault(phase, {})
             owners[owner] = owners.get(owner, 0) + value
