@@ -62,7 +62,7 @@ class Inference(_Part):
     base: dict[str, int]
     unmerged: dict[str, int]
     merged: dict[str, int] | None = None
-    """The adapter folded into the weights, or its encoder run beforehand."""
+    """The adapter folded into the weights."""
     not_mergeable: str | None = None
     """Why there is no `merged`."""
 

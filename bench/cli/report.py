@@ -48,12 +48,16 @@ def names(text: str | None) -> tuple[str, ...]:
 
 
 def show(comparison: Any, paths: list[Path]) -> None:
-    """The ranking and the scores by task on the terminal."""
+    """The ranking, the scores by task, and PSCP three ways on the terminal."""
     from peftdyno.bench.cli.console import print_table
-    from peftdyno.bench.report.tables import by_task, ranking
+    from peftdyno.bench.report.tables import by_task, pscp_three_ways, ranking, resources
 
-    for table in (ranking(comparison), by_task(comparison)):
-        print_table(table.header, table.rows, title=table.title)
+    for table in (ranking, by_task):
+        print_table(table(comparison).header, table(comparison).rows, title=table(comparison).title)
     for note in comparison.notes:
         print(f"- {note}")
+    for table in (resources, pscp_three_ways):
+        found = table(comparison)
+        print_table(found.header, found.rows, title=found.title)
+        print(found.caption)
     print("wrote " + ", ".join(str(path) for path in paths))

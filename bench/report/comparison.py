@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,12 +20,14 @@ from peftdyno.bench.pscp import (
     uncertainty,
 )
 from peftdyno.bench.report.collection import Collection, Missing
+from peftdyno.bench.report.costs import Costs, costs_of, mean
+from peftdyno.bench.report.three_ways import ThreeWays, three_ways
 from peftdyno.bench.store import RunRecord
 from peftdyno.engine.errors import UserError
 
 MEMORY_KINDS = {
-    "measured_peak_bytes": "peak of live tensors",
-    "resident_peak_bytes": "peak resident set of the process",
+    "measured_peak_bytes": "peak of live tensors in a step, as the allocator handed them out",
+    "resident_peak_bytes": "peak resident set of the process, libraries included",
 }
 
 
@@ -69,6 +71,7 @@ class Row:
     """Median of a step, over the runs that shared it."""
     run_seconds: float
     """Training and scoring of one run, where several were trained together their share."""
+    costs: Costs
     pscp: float | None
     low: float | None = None
     high: float | None = None
@@ -85,6 +88,8 @@ class Comparison:
     tasks: tuple[str, ...]
     """The common tasks."""
     rows: tuple[Row, ...]
+    ways: tuple[ThreeWays, ...]
+    """In the order of the rows."""
     cells: dict[tuple[str, str], Cell]
     untuned: dict[str, float]
     """The untuned model's score in percent by task."""
@@ -103,6 +108,7 @@ class Comparison:
             "seeds": list(found.seeds),
             "common_tasks": list(self.tasks),
             "rows": [asdict(row) for row in self.rows],
+            "three_ways": [asdict(way) for way in self.ways],
             "scores": [
                 {**asdict(cell), "mean": cell.mean, "deviation": cell.deviation} for cell in self.cells.values()
             ],
@@ -146,6 +152,7 @@ def compare(found: Collection) -> Comparison:
         collection=found,
         tasks=tasks,
         rows=tuple(rows),
+        ways=tuple(_ways(row, runs[row.method], without) for row in rows),
         cells=cells,
         untuned=untuned,
         untuned_mean=statistics.fmean(untuned[t] for t in tasks)
@@ -188,8 +195,8 @@ def _row(
 ) -> Row:
     first = records[0]
     chosen = [[found.runs[method, task, seed] for seed in found.seeds] for task in tasks]
-    memory = _mean(records, lambda r: r.pscp_inputs.memory_gb)
-    tflop = _mean(records, lambda r: r.pscp_inputs.inference_tflop_above_base)
+    memory = mean(records, lambda r: r.pscp_inputs.memory_gb)
+    tflop = mean(records, lambda r: r.pscp_inputs.inference_tflop_above_base)
     figure = _pscp(chosen, first.parameters.trainable, tflop, without)
     by_seed = (
         [statistics.fmean(100 * _main(line[i]) for line in chosen) for i in range(len(found.seeds))] if tasks else []
@@ -205,21 +212,36 @@ def _row(
         inference_tflop=tflop,
         memory_gb=memory,
         memory_kind=first.pscp_inputs.memory_kind,
-        step_seconds=_mean(records, lambda r: r.time.get("step_median")),
+        step_seconds=mean(records, lambda r: r.time.get("step_median")),
         run_seconds=statistics.fmean(r.time["training"] / r.runs_together + _scoring(r) for r in records),
+        costs=costs_of(records),
         **figure,
+    )
+
+
+def _ways(row: Row, records: Sequence[RunRecord], without: Sequence[str]) -> ThreeWays:
+    """PSCP of a row three ways; another inference cost than the unmerged one's with all else alike."""
+
+    def figure(tflop: float | None) -> float | None:
+        if row.pscp is None or row.score is None:
+            return None
+        return _inputs(row, without, tflop).pscp()
+
+    return three_ways(row.method, records, row.pscp, figure)
+
+
+def _inputs(row: Row, without: Sequence[str], tflop: float | None) -> Inputs:
+    """PSCP's inputs of a row at an inference cost; a factor that is left out costs nothing."""
+    return Inputs(
+        score=row.score or 0.0,
+        parameters=row.trainable,
+        tflop=0.0 if "tflop" in without else max(tflop or 0.0, 0.0),
+        memory_gb=0.0 if "memory_gb" in without else row.memory_gb or 0.0,
     )
 
 
 def _scoring(record: RunRecord) -> float:
     return record.time.get("evaluation", 0.0) / record.runs_together
-
-
-def _mean(records: Sequence[RunRecord], value: Callable[[RunRecord], float | None]) -> float | None:
-    """Mean of a figure that every run has; None where one lacks it."""
-    values = [value(record) for record in records]
-    present = [item for item in values if item is not None]
-    return statistics.fmean(present) if values and len(present) == len(values) else None
 
 
 def _published_mean(chosen: Sequence[Sequence[RunRecord]]) -> float | None:
@@ -254,15 +276,7 @@ def _ranked(rows: Sequence[Row], without: Sequence[str]) -> list[Row]:
     rank = ranks({name: row.pscp or 0.0 for name, row in valued.items()})
     kept: dict[str, float] = {}
     if len(valued) > 1:
-        inputs = {
-            name: Inputs(
-                score=row.score or 0.0,
-                parameters=row.trainable,
-                tflop=0.0 if "tflop" in without else max(row.inference_tflop or 0.0, 0.0),
-                memory_gb=0.0 if "memory_gb" in without else row.memory_gb or 0.0,
-            )
-            for name, row in valued.items()
-        }
+        inputs = {name: _inputs(row, without, row.inference_tflop) for name, row in valued.items()}
         kept = rank_stability(inputs, exponent_grid()).kept
     filled = [replace(row, rank=rank.get(row.method), kept_rank=kept.get(row.method)) for row in rows]
     return sorted(filled, key=lambda row: (-(row.pscp or -1.0), -(row.score or -1.0), row.method))
@@ -301,6 +315,9 @@ def _notes(found: Collection, tasks: Sequence[str], rows: Sequence[Row], without
         notes.append(f"training memory: {', '.join(kinds)}, measured")
         if len(kinds) > 1:
             notes.append("the memory figures are of different kinds and cannot be compared")
+    heavy = sorted({key[0] for key, r in found.runs.items() if _validation_is_larger(r)})
+    if heavy:
+        notes.append(f"validation between steps held more memory than a step, and is not in PSCP: {', '.join(heavy)}")
     together = sorted({r.runs_together for r in found.runs.values()} - {1})
     if together and "memory_gb" not in without:
         counts = " or ".join(map(str, together))
@@ -314,6 +331,11 @@ def _notes(found: Collection, tasks: Sequence[str], rows: Sequence[Row], without
     if len(machines) > 1:
         notes.append("runs are from different machines or thread counts; their times cannot be compared")
     return notes
+
+
+def _validation_is_larger(record: RunRecord) -> bool:
+    step, validation = record.memory.measured_peak_bytes, record.memory.validation_peak_bytes
+    return step is not None and validation is not None and validation > step
 
 
 def _name(run: Missing) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftdyno.bench.report.comparison import Cell, Comparison, Row
+from peftdyno.bench.report.three_ways import ThreeWays, caption
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Table:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
 
 
 def number(value: float | None, digits: int = 2, absent: str = "not counted") -> str:
@@ -76,21 +78,88 @@ def _cell(cell: Cell | None, seeds: int) -> str:
     return text if len(cell.scores) == seeds else f"{text} ({len(cell.scores)} of {seeds} seeds)"
 
 
+def pscp_three_ways(comparison: Comparison) -> Table:
+    """PSCP published, corrected and measured, merged and not, with the FLOPs of prefill and of one more token."""
+    header = (
+        "method",
+        "published",
+        "corrected",
+        "corrected merged",
+        "measured here",
+        "measured merged",
+        "prefill +GFLOP",
+        "token +MFLOP",
+    )
+    rows = [_ways_row(way) for way in comparison.ways]
+    about = caption(comparison.collection.model, comparison.tasks)
+    return Table("PSCP three ways: published inputs, corrected inputs, measured here", header, tuple(rows), about)
+
+
+def _ways_row(way: ThreeWays) -> tuple[str, ...]:
+    unscored = "not in PEFT-Bench" if way.published is None else "no scores"
+    unmerged = "none" if way.mergeable is not False else "cannot be"
+    return (
+        way.method,
+        number(way.published, absent="not in PEFT-Bench"),
+        number(way.corrected, absent=unscored),
+        number(way.corrected_merged, absent=unscored),
+        number(way.measured, absent="none"),
+        number(way.measured_merged, absent=unmerged),
+        _pair(way.prefill_tflop, way.prefill_tflop_merged, 1e3),
+        _pair(way.token_tflop, way.token_tflop_merged, 1e6),
+    )
+
+
+def _pair(unmerged: float | None, merged: float | None, scale: float) -> str:
+    """Two figures of one unit; what a method does not have is a dash."""
+    if unmerged is None:
+        return "not counted"
+    return " / ".join("-" if value is None else _short(value * scale) for value in (unmerged, merged))
+
+
+def _short(value: float) -> str:
+    """Four digits, without an exponent where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def resources(comparison: Comparison) -> Table:
     """What the methods took and store, and their score by the published rules."""
-    header = ("method", "runs", "stored values", "seconds a run", "score %", "score % by published rules")
-    rows = [
-        (
-            row.method,
-            str(row.runs),
-            f"{row.stored:,}",
-            number(row.run_seconds, 0),
-            number(row.score, absent="none"),
-            number(row.published_score, absent="no number"),
-        )
-        for row in comparison.rows
-    ]
-    return Table("Resources, and the scores by each rule", header, tuple(rows))
+    header = (
+        "method",
+        "runs",
+        "stored values",
+        "seconds a run",
+        "peak GB, predicted",
+        "measured",
+        "predicted / measured",
+        "process GB",
+        "training TFLOP",
+        *(("energy J",) if any(row.costs.joules is not None for row in comparison.rows) else ()),
+        "score % by published rules",
+    )
+    rows = [_resources_row(row, energy="energy J" in header) for row in comparison.rows]
+    about = (
+        "Peaks are of live tensors in a training step, and of the whole process; training TFLOP are the matrix FLOPs "
+        "of all steps of a run, predicted, with causal attention."
+    )
+    return Table("Resources, and the scores by the published rules", header, tuple(rows), about)
+
+
+def _resources_row(row: Row, *, energy: bool) -> tuple[str, ...]:
+    costs = row.costs
+    return (
+        row.method,
+        str(row.runs),
+        f"{row.stored:,}",
+        number(row.run_seconds, 0),
+        number(costs.predicted_gb, 4, absent="not predicted"),
+        number(costs.measured_gb, 4, absent="not measured"),
+        number(costs.memory_ratio, 4, absent=""),
+        number(costs.resident_gb, 3, absent="not measured"),
+        number(costs.training_tflop, 3),
+        *((number(costs.joules, 1, absent="not measured"),) if energy else ()),
+        number(row.published_score, absent="no number"),
+    )
 
 
 def runs(comparison: Comparison) -> Table:
@@ -113,4 +182,5 @@ def runs(comparison: Comparison) -> Table:
 
 def all_tables(comparison: Comparison) -> Sequence[Table]:
     """In the order of the page."""
-    return ranking(comparison), by_task(comparison), resources(comparison), runs(comparison)
+    found = (ranking, by_task, pscp_three_ways, resources, runs)
+    return [table(comparison) for table in found]

@@ -13,6 +13,7 @@ from peftdyno.bench.pscp import pscp
 from peftdyno.bench.report import compare, write_pages
 from peftdyno.bench.report.collection import collect
 from peftdyno.bench.report.plots import Bar, Point, bars, points
+from peftdyno.bench.report.tables import pscp_three_ways, resources
 from peftdyno.bench.store import RunRecord, write_record
 from peftdyno.engine.atomic import write_json
 from peftdyno.engine.errors import UserError
@@ -199,6 +200,53 @@ def test_pages(tmp_path: Path) -> None:
     for run in plain["runs"]:
         assert (tmp_path / run["folder"] / "run.json").exists()
     assert len(plain["runs"]) == 8
+
+
+def inference(extra: int, *, merged: bool) -> dict:
+    base = {"forward": 10**9, "prefill": 8 * 10**8, "decode": 10**6}
+    unmerged = {phase: flops + extra for phase, flops in base.items()}
+    return {"tokens": 512, "base": base, "unmerged": unmerged, "merged": base if merged else None}
+
+
+def test_pscp_three_ways(tmp_path: Path) -> None:
+    """Each column from its own source; a method that PEFT-Bench lacks, or that cannot be merged, says so."""
+    for method, seed, merged in (("lora", 0, True), ("svft", 0, False)):
+        record = made_up("lora", "sst2", seed, 0.8, inference=inference(2 * 10**10, merged=merged))
+        record = record.model_copy(update={"method": {"name": method, "settings": {}}})
+        write_record(tmp_path / method, record)
+    comparison = compare(collect(tmp_path))
+    lora, svft = sorted(comparison.ways, key=lambda way: way.method)
+    assert (round(lora.published, 2), round(lora.corrected, 2), round(lora.corrected_merged, 2)) == (
+        60.08,
+        58.37,
+        58.46,
+    )
+    assert lora.measured == pytest.approx(pscp(80.0, 1_000_000, 0.02, 1.0))
+    assert lora.measured_merged == pytest.approx(pscp(80.0, 1_000_000, 0.0, 1.0))
+    assert (lora.prefill_tflop, lora.prefill_tflop_merged) == (0.02, 0.0)
+    assert (svft.published, svft.corrected, svft.measured_merged, svft.token_tflop) == (None, None, None, 0.02)
+    table = pscp_three_ways(comparison)
+    assert table.rows[0][-2:] == ("20 / 0", "2e+04 / 0")
+    assert table.rows[1][1:4] == ("not in PEFT-Bench",) * 3 and table.rows[1][5] == "cannot be"
+    assert "Meta-Llama-3-8B-Instruct over the 27 data sets" in table.caption and "tiny over sst2" in table.caption
+    write_pages(comparison, tmp_path)
+    for name in ("report.md", "report.html"):
+        assert table.caption.split("'")[0] in (tmp_path / name).read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["three_ways"][0]["corrected"] == lora.corrected
+
+
+def test_costs_beside_the_score(tmp_path: Path) -> None:
+    figures = {"predicted_peak_bytes": 3 * 10**9, "measured_peak_bytes": 2 * 10**9, "validation_peak_bytes": 4 * 10**9}
+    joules = {"training": 30.0, "forward": 10.0, "evaluation": 6.0, "baseline": 9.0}
+    counter = {"source": "rapl", "covers": "all", "resolution_seconds": 0.001, "joules": joules}
+    write(tmp_path, memory=figures, energy=counter, runs_together=2)
+    comparison, rows = rows_of(tmp_path)
+    costs = rows["lora"].costs
+    assert (costs.predicted_gb, costs.measured_gb, costs.memory_ratio) == (3.0, 2.0, 1.5)
+    assert costs.joules == 18.0, "training and evaluation, shared by two runs"
+    assert costs.training_tflop is None and costs.resident_gb is None
+    assert any(note.endswith("is not in PSCP: ia3, lora") for note in comparison.notes)
+    assert "energy J" in resources(comparison).header
 
 
 def test_plots_stay_inside_and_keep_order() -> None:
