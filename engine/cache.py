@@ -1,7 +1,8 @@
 """KVCache: keys and values of a pack of prompts and of what is generated after them.
 
-Rows 0:N are the pack's; sequence i then owns the `room` rows from N + i * room on. A generated token sees its
-prompt's path in full and its own rows causally, so a prefix shared by all prompts is stored and computed once.
+Rows 0:N are the pack's; sequence i then owns the `room` rows from N + i * room on; the last row is nobody's. A
+generated token sees its prompt's path in full and its own rows causally, so a prefix shared by all prompts is stored
+and computed once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class KVCache:
     def __init__(self, config: DecoderConfig, pack: Pack, room: int, dtype: torch.dtype, device: torch.device) -> None:
         self.room = room
         self.num_prompt_rows = pack.num_tokens
-        rows = pack.num_tokens + len(pack.leaves) * room
+        rows = pack.num_tokens + len(pack.leaves) * room + 1
         shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, config.head_dim)
         self.storage = torch.empty(shape, dtype=dtype, device=device)
         self._paths = [[key_range(pack.segments[j], rows) for j in path(pack.segments, leaf)] for leaf in pack.leaves]
@@ -32,18 +33,36 @@ class KVCache:
 
     def advance(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """The next rows are one token of each of `sequences`, which have generated `lengths` tokens before."""
+        write, table, chain = self.tables(sequences, lengths)
+        self.write = torch.tensor(write, device=self.storage.device)
+        self.layout = AttentionLayout(torch.tensor(table, dtype=torch.int32), torch.tensor(chain, dtype=torch.int32))
+
+    @property
+    def spare_row(self) -> int:
+        """The row that is nobody's."""
+        return self.storage.shape[2] - 1
+
+    def tables(
+        self, sequences: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[list[int], list[tuple[int, ...]], list[tuple[int, int, int]]]:
+        """(row that each next token writes, segments, chain of the layout); a sequence -1 stands for padding, which
+        writes and sees the row that is nobody's."""
         table: list[tuple[int, ...]] = []
         chain: list[tuple[int, int, int]] = []
         write: list[int] = []
         for row, (i, length) in enumerate(zip(sequences, lengths, strict=True)):
-            first, start = len(chain), self.num_prompt_rows + i * self.room
-            chain += self._paths[i]
-            _, keys, position = self._paths[i][-1]
-            chain.append((start, length + 1, position + keys))
+            first = len(chain)
+            if i < 0:
+                chain.append((self.spare_row, 1, 0))
+                write.append(self.spare_row)
+            else:
+                start = self.num_prompt_rows + i * self.room
+                chain += self._paths[i]
+                _, keys, position = self._paths[i][-1]
+                chain.append((start, length + 1, position + keys))
+                write.append(start + length)
             table.append((row, 1, first, len(chain)))
-            write.append(start + length)
-        self.write = torch.tensor(write, device=self.storage.device)
-        self.layout = AttentionLayout(torch.tensor(table, dtype=torch.int32), torch.tensor(chain, dtype=torch.int32))
+        return write, table, chain
 
     def attend(
         self,

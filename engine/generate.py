@@ -7,10 +7,12 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.cache import KVCache
 from peftdyno.engine.decoder import Decoder
+from peftdyno.engine.graphs import DecodeGraphs, GraphChoice, Recorder, Step, recorder_for, warn_once
 from peftdyno.engine.pack import Pack, Sequence, build_pack
 from peftdyno.kernels.adapted_linear import TokenRuns
 from peftdyno.kernels.attention import AttentionLayout
@@ -25,11 +27,12 @@ def generate(
     max_new_tokens: int,
     eos_ids: Collection[int],
     share_prefix: bool = True,
+    graphs: GraphChoice | Recorder = "auto",
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, without its end token; sequences are the prompts, `run` names the adapter.
 
     Each ends at a token of `eos_ids` or after `max_new_tokens`. The result of a prompt does not depend on the
-    others in the batch (to rounding).
+    others in the batch (to rounding). `graphs` says whether decoding steps are recorded and replayed (`recorder_for`).
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].run)
     ordered = [prompts[i] for i in order]
@@ -45,6 +48,7 @@ def generate(
     generated: list[list[int]] = [[] for _ in ordered]
     live = list(range(len(ordered)))
     lengths = [len(s.tokens) + (bank.root.length if bank.root else 0) for s in ordered]
+    decoding = _Decoding(decoder, bank, pack, cache, recorder_for(graphs, decoder.device, max_new_tokens), graphs)
     with decoder.scope.within(phase="decode"):
         while True:
             tokens = logits.argmax(-1).tolist()
@@ -53,25 +57,54 @@ def generate(
             going = [k for k, i in enumerate(live) if tokens[k] not in eos_ids and len(generated[i]) < max_new_tokens]
             if not going:
                 break
-            live, tokens = [live[k] for k in going], [tokens[k] for k in going]
+            live = [live[k] for k in going]
             made = [len(generated[i]) - 1 for i in live]
-            cache.advance(live, made)
-            step = _decode_pack(pack, tokens, [lengths[i] + n for i, n in zip(live, made, strict=True)],
-                                [ordered[i].run for i in live])  # fmt: skip
-            logits = decoder.logits(step, bank, cache=cache)
+            positions = [lengths[i] + n for i, n in zip(live, made, strict=True)]
+            runs = [ordered[i].run for i in live]
+            logits = decoding.logits(Step(live, made, [tokens[k] for k in going], positions, runs))
     return _in_order(generated, order, eos_ids)
 
 
-def _decode_pack(pack: Pack, tokens: list[int], positions: list[int], runs: list[int]) -> Pack:
+class _Decoding:
+    """Logits of a step: replayed where there is a recorder, else computed by launching every kernel."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        bank: AdapterBank,
+        pack: Pack,
+        cache: KVCache,
+        recorder: Recorder | None,
+        choice: GraphChoice | Recorder,
+    ) -> None:
+        self.decoder, self.bank, self.pack, self.cache = decoder, bank, pack, cache
+        self.may_give_up = choice == "auto"
+        self.graphs = None if recorder is None else DecodeGraphs(decoder, bank, pack, cache, recorder)
+
+    def logits(self, step: Step) -> Tensor:
+        """[L, V] of the live sequences."""
+        if self.graphs is not None:
+            try:
+                return self.graphs.logits(step)
+            except RuntimeError as error:
+                if not self.may_give_up or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                warn_once(error)
+                self.graphs = None
+        self.cache.advance(step.sequences, step.made)
+        return self.decoder.logits(_decode_pack(self.pack, step), self.bank, cache=self.cache)
+
+
+def _decode_pack(pack: Pack, step: Step) -> Pack:
     """One new token of each live sequence; what it attends to is in the cache's layout."""
     device = pack.tokens.device
-    counts = [runs.count(j) for j in range(pack.num_runs)]
+    counts = [step.runs.count(j) for j in range(pack.num_runs)]
     offsets = tuple(sum(counts[:j]) for j in range(pack.num_runs + 1))
     none = torch.empty(0, dtype=torch.int64, device=device)
     return replace(
         pack,
-        tokens=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
+        tokens=torch.tensor(step.tokens, device=device),
+        positions=torch.tensor(step.positions, device=device),
         runs=TokenRuns(offsets=offsets),
         layout=AttentionLayout(torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 3, dtype=torch.int32)),
         virtual_rows=none,

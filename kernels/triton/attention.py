@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftdyno.kernels import tuning
+from peftdyno.kernels import replay, tuning
 from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton.attention_tables import QueryTiles, planned, query_tiles
+from peftdyno.kernels.triton.attention_tables import QueryTiles, planned, query_tiles, replayed
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 from peftdyno.kernels.tuning import Tile
 
@@ -192,13 +192,22 @@ def _piece(tiles: int, key_heads: int, device: torch.device, longest: int) -> in
     return PIECE if tiles * key_heads < torch.cuda.get_device_properties(device).multi_processor_count else 0
 
 
-def _plan(segments: Tensor, chain: Tensor, shape: tuple[int, int, int], window: int, device: torch.device) -> Any:
-    """(tile, work list) of the forward pass."""
+def _plan(
+    segments: Tensor,
+    chain: Tensor,
+    shape: tuple[int, int, int],
+    window: int,
+    device: torch.device,
+    split: bool | None = None,
+) -> tuple[Tile, QueryTiles]:
+    """(tile, work list) of the forward pass; `split` says whether keys are divided, None to decide it here."""
     group, key_heads, d = shape
     longest = int(segments[:, 1].max()) * group if len(segments) else 0
     sizes = tile(d, longest, device)
     count = int((-(-segments[:, 1] * group // sizes.rows)).sum()) if len(segments) else 0
-    piece = _piece(count, key_heads, device, int(chain[:, 1].max()) if len(chain) else 0)
+    if split is None:
+        split = _piece(count, key_heads, device, int(chain[:, 1].max()) if len(chain) else 0) > 0
+    piece = PIECE if split else 0
     return sizes, query_tiles(segments, chain, group, sizes.rows, piece, window, device)
 
 
@@ -221,7 +230,11 @@ def forward(
     out = with_spare(n, heads * d, spare, q)
     lse = torch.zeros(heads, n, dtype=torch.float32, device=q.device)
     key = ("forward", group, key_heads, d, window, q.device, tile(d, 1, q.device), tile(d, 128, q.device))
-    sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, (group, key_heads, d), window, q.device))
+    shape, tables = (group, key_heads, d), replay.active()
+    if tables is None:
+        sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, shape, window, q.device))
+    else:  # without the window, whose pieces of keys would grow and shrink in number
+        sizes, tiles = replayed(tables, segments, key, lambda split: _plan(segments, chain, shape, 0, q.device, split))
     if len(tiles.items):
         _launch(q, k, v, (prefix_k, prefix_v), out, lse, sizes, tiles, (scale, window, softcap))
     return out, lse

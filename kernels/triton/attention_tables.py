@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peftdyno.kernels import replay
 from peftdyno.kernels.triton.row_chunks import upload
 
 Table = npt.NDArray[np.int32]
@@ -29,6 +30,28 @@ def planned(segments: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> 
     if key not in plans:
         plans[key] = make()
     return plans[key]
+
+
+def replayed(
+    tables: replay.Tables, segments: Tensor, key: tuple[Any, ...], make: Callable[[bool | None], tuple[Any, QueryTiles]]
+) -> Any:
+    """A recording's own (tile, work list) of a layout whose tables change between replays; `make` says with the layout
+    as it is then, and is told whether the keys are divided, which stays as it was when recorded."""
+    name = (id(segments), *key)
+    if name not in tables.plans:
+        _, tiles = tables.plans[name] = make(None)
+        tables.kept.append(segments)
+        tables.fills.append(lambda: _refill(tiles, make(tiles.split)[1]))
+    return tables.plans[name]
+
+
+def _refill(old: QueryTiles, new: QueryTiles) -> None:
+    """Write a work list where another lies that has room for it; what is left over is work of no rows."""
+    for name in ("items", "links", "parts"):
+        target, source = getattr(old, name), getattr(new, name)
+        assert len(source) <= len(target), (name, len(source), len(target))
+        target[: len(source)].copy_(source, non_blocking=True)
+        target[len(source) :].zero_()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftdyno.kernels import replay
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 from peftdyno.kernels.triton.row_chunks import upload
 
@@ -72,7 +73,7 @@ def _modules(
 def modules_of(a: Sequence[Tensor], rows: Sequence[int], scaling: Sequence[float]) -> Modules:
     """Tables of a product's modules; kept for the next steps."""
     ranks = tuple(factor.shape[1] for factor in a)
-    return _modules(ranks, tuple(rows), tuple(scaling), a[0].device)
+    return replay.keep(_modules(ranks, tuple(rows), tuple(scaling), a[0].device))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftdyno.kernels import replay
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 
 
@@ -48,7 +49,7 @@ def _chunks(offsets: tuple[int, ...], rows: int, device: torch.device) -> RowChu
 
 def row_chunks(offsets: Sequence[int], rows: int, device: torch.device) -> RowChunks:
     """Chunks of at most `rows` rows of runs whose rows are offsets[j]:offsets[j + 1]; kept for the next layers."""
-    return _chunks(tuple(offsets), rows, device)
+    return replay.keep(_chunks(tuple(offsets), rows, device))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import attention
+from peftdyno.kernels import attention, replay
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
 from peftdyno.kernels.triton import attention as forward_kernels
@@ -142,3 +142,35 @@ def test_gradients_have_the_same_bits_twice(device: Any, small_tiles: None) -> N
         load("attention_backward")(torch.ones_like(out), *tensors, out, lse, *tables, 0.25, 0, 0.0, 0) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("window", "divided"), [(0, False), (0, True), (7, True)])
+def test_recorded_work_lists_are_filled_anew(
+    window: int, divided: bool, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoding step whose layout changes in place: each replay equals the reference on the layout as it is then."""
+    if divided:
+        monkeypatch.setattr(forward_kernels, "PIECE", 8)
+        monkeypatch.setattr(forward_kernels, "_piece", lambda *_: 8)
+    q = torch.randn(3, 2, 16, device=device)
+    k, v = (torch.randn(60, 1, 16, device=device) for _ in range(2))
+    segments, chain = torch.zeros(3, 4, dtype=torch.int32), torch.zeros(6, 3, dtype=torch.int32)
+    tables = replay.Tables()
+    options = (0.3, window, 0.0, 0)
+    for lengths in ((12, 12, 12), (9, 4)):
+        chain.zero_()
+        rows = []
+        for i, length in enumerate(lengths):
+            chain[2 * i : 2 * i + 2] = torch.tensor([[0, 20, 0], [24 + 12 * i, length, 20]])
+            rows.append([i, 1, 2 * i, 2 * i + 2])
+        if len(lengths) == 2:  # the last row is padding, which sees one key of nobody's
+            chain[4] = torch.tensor([23, 1, 0])
+            rows.append([2, 1, 4, 5])
+        segments.copy_(torch.tensor(rows))
+        tables.fill()
+        with replay.recording(tables):
+            out, lse = forward_kernels.forward(q, k, v, None, None, segments, chain, *options)
+        arguments = (q, k, v, None, None, segments.clone(), chain.clone(), *options)
+        truth = in_float64(attention.reference_forward, arguments)
+        assert not excess("replayed", (out, lse), attention.reference_forward(*arguments), truth)
+    assert len(tables.fills) == 1

@@ -1,0 +1,130 @@
+"""Recorded decoding: buckets, padding that changes nothing, buffers that are read where they lie, honest failures."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftdyno.engine import graphs
+from peftdyno.engine.errors import UserError
+from peftdyno.engine.generate import generate
+from peftdyno.engine.graphs import EagerRecorder, bucket, recorder_for
+from peftdyno.engine.pack import Sequence
+
+from .banks import TinyModel, random_sequences, shake, small_method, tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """Tiny products are slower on several threads."""
+    threads(1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return tiny_model("gemma3", tmp_path_factory.mktemp("gemma"))
+
+
+@dataclass
+class Counting(EagerRecorder):
+    """Notes the number of rows of each recording and counts replays."""
+
+    rows: list[int] = field(default_factory=list)
+    replays: int = 0
+
+    def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        again = super().record(call)
+        self.rows.append(len(call()))
+
+        def counted() -> Tensor:
+            self.replays += 1
+            return again()
+
+        return counted
+
+
+def test_buckets_waste_less_than_half() -> None:
+    found = [bucket(n) for n in range(40)]
+    assert sorted(set(found)) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
+    assert all(n <= width < 1.5 * n + 1 for n, width in enumerate(found))
+
+
+def prompts_of(runs: int, per_run: int) -> list[Sequence]:
+    lengths = [9, 4, 6, 5, 11][:per_run]
+    return [s for run in range(runs) for s in random_sequences(lengths, run=run, seed=5 + run)]
+
+
+@pytest.mark.parametrize("form", ["lora", "ia3", "prefix-tuning", "prompt-tuning"])
+@pytest.mark.parametrize("variant", ["llama", "gemma"])
+def test_replayed_steps_give_the_same_tokens(form: str, variant: str, request: pytest.FixtureRequest) -> None:
+    """Two runs of five prompts, padded to buckets; sequences end at different steps."""
+    model: TinyModel = request.getfixturevalue(variant)
+    bank = shake(model.bank(small_method(form), (1, 2)))
+    prompts = prompts_of(2, 5)
+    whole = generate(model.decoder, bank, prompts, max_new_tokens=9, eos_ids=(), graphs="off")
+    ends = {whole[0][2], whole[6][5]}
+    expected = generate(model.decoder, bank, prompts, max_new_tokens=9, eos_ids=ends, graphs="off")
+    assert len({len(tokens) for tokens in expected}) > 1
+    recorder = Counting()
+    assert generate(model.decoder, bank, prompts, max_new_tokens=9, eos_ids=ends, graphs=recorder) == expected
+    live = [sum(len(tokens) > 0 for tokens in expected[5 * run : 5 * run + 5]) for run in range(2)]
+    assert recorder.rows[0] == sum(map(bucket, live))
+    assert len(recorder.rows) < recorder.replays, "a recording serves several steps"
+
+
+def test_a_recording_is_kept_while_half_of_it_is_used() -> None:
+    """Live sequences of two runs against the recordings there are."""
+    recorded = graphs.DecodeGraphs.__new__(graphs.DecodeGraphs)
+    recorded.recordings = {(8, 8): "wide", (4, 3): "narrow"}  # type: ignore[dict-item]
+    recorded.pack = type("Two", (), {"num_runs": 2})()  # type: ignore[assignment]
+    made: list[tuple[int, ...]] = []
+    recorded._prepared = lambda own, step: made.append(own) or "new"  # type: ignore[assignment, method-assign]
+
+    def chosen(*counts: int) -> str:
+        runs = [run for run, count in enumerate(counts) for _ in range(count)]
+        return str(recorded._recorded(graphs.Step(range(len(runs)), runs, runs, runs, runs)))
+
+    assert chosen(8, 8) == chosen(5, 4) == "wide" and chosen(4, 3) == chosen(2, 2) == "narrow"
+    assert chosen(1, 1) == "new" and made == [(1, 1)]
+    assert chosen(9, 1) == "new" and made == [(1, 1), (12, 1)]
+
+
+class Wrong(EagerRecorder):
+    """A replay that gives something else."""
+
+    def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: call() + 1.0
+
+
+def test_a_replay_that_differs_is_an_error(llama: TinyModel) -> None:
+    bank = llama.bank(small_method("lora"), (1,))
+    with pytest.raises(RuntimeError, match="differs from the step it repeats"):
+        generate(llama.decoder, bank, prompts_of(1, 2), max_new_tokens=4, eos_ids=(), graphs=Wrong())
+
+
+def test_auto_goes_on_without_graphs_and_says_so(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = llama.bank(small_method("lora"), (1,))
+    plain = generate(llama.decoder, bank, prompts_of(1, 2), max_new_tokens=4, eos_ids=(), graphs="off")
+    monkeypatch.setattr("peftdyno.engine.generate.recorder_for", lambda *_: Wrong())
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert generate(llama.decoder, bank, prompts_of(1, 2), max_new_tokens=4, eos_ids=()) == plain
+    with warnings.catch_warnings(), pytest.raises(RuntimeError):
+        generate(llama.decoder, bank, prompts_of(1, 2), max_new_tokens=4, eos_ids=(), graphs="on")
+
+
+def test_choices() -> None:
+    assert recorder_for("auto", CPU, 100) is None and recorder_for("off", CPU, 100) is None
+    with pytest.raises(UserError, match="not on a CUDA device"):
+        recorder_for("on", CPU, 100)
+    with pytest.raises(UserError, match="--graphs"):
+        recorder_for("always", CPU, 100)  # type: ignore[arg-type]
