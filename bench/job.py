@@ -18,6 +18,7 @@ from peftdyno.bench import model_card
 from peftdyno.bench.base_model import BaseModel
 from peftdyno.bench.data import Loader, Splits, load_rows, splits
 from peftdyno.bench.evaluate import Evaluation, evaluate
+from peftdyno.bench.packs_ahead import within_limit
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.record import Measured, make_record
 from peftdyno.bench.rendering import Examples
@@ -44,7 +45,7 @@ CLAIM = "job.json"
 ADAPTER = "adapter"
 PREDICTIONS = "predictions.jsonl"
 DEFAULT_EPOCHS = 10.0
-IDENTITY_EXCLUDES = {"model", "data", "tasks_file", "seeds", "threads", "device"}
+IDENTITY_EXCLUDES = {"model", "data", "tasks_file", "seeds", "threads", "device", "activations", "memory_limit"}
 """Settings that do not tell a job from another: what they lead to is in its identity instead, or does not matter."""
 
 
@@ -163,7 +164,11 @@ def run_job(job: Job, base: BaseModel, places: Places, progress: Progress) -> li
     for path, key in {places.work: digest(keys), **dict(zip(places.runs, keys, strict=True))}.items():
         _claim(path, key, job)
         remove_partials(path)
+    job, chosen = within_limit(job, base)
+    if chosen is not None:
+        progress.say(chosen)
     bank, measured = _train(job, base, places, digest(keys), progress)
+    measured.state.events[:0] = [] if chosen is None else [chosen]
     for run, path in enumerate(places.runs):
         save_adapter(bank, run, path / ADAPTER, base.hub_name, base.files.family)
     tuned: list[Evaluation] | None = None
@@ -201,7 +206,8 @@ def _train(
     job: Job, base: BaseModel, places: Places, fingerprint: str, progress: Progress
 ) -> tuple[AdapterBank, Measured]:
     """The bank with each run's best masters, and what training cost."""
-    decoder, settings, seeds = base.decoder, job.settings, job.settings.seeds
+    settings, seeds = job.settings, job.settings.seeds
+    decoder = dataclasses.replace(base.decoder, activations=settings.activations or "keep")
     bank = AdapterBank.create(decoder.config, [job.method] * len(seeds), seeds, decoder.weights)
     examples = [
         {s: Examples(job.task, getattr(rows, s), base.tokenizer, settings.max_length) for s in ("train", "validation")}

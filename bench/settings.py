@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from peftdyno.bench.byte_sizes import parse_size
 from peftdyno.engine.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class JobSettings(BaseModel):
     """Sequences of each run in a step."""
     micro_batch: int | None = Field(None, ge=1)
     """Sequences of each run computed at a time; the batch where absent."""
+    activations: Literal["keep", "cheap", "recompute"] | None = None
+    """What is kept for the backward pass; everything (keep) where absent, unless a memory limit asks for less."""
+    memory_limit: int | None = None
+    """Bytes that training may take. The policy and the micro-batch, where they are not given, and the number of runs
+    that train together are chosen so that the predicted peak fits."""
     learning_rate: float | None = Field(None, gt=0)
     """The method's own where absent."""
     weight_decay: float | None = Field(None, ge=0)
@@ -71,6 +77,11 @@ class JobSettings(BaseModel):
     threads: int | None = Field(None, ge=1)
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Fields of the method that differ from its defaults."""
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _size(cls, value: object) -> int | None:
+        return None if value is None else parse_size(value)
 
     @model_validator(mode="after")
     def _check(self) -> JobSettings:

@@ -16,6 +16,7 @@ from peftdyno.bench import machine
 from peftdyno.bench.base_model import BaseModel
 from peftdyno.bench.data import Loader, load_rows
 from peftdyno.bench.job import CLAIM, Job, Places, digest, find_task, is_finished, run_job
+from peftdyno.bench.packs_ahead import fits_together, group_size
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.settings import JobSettings, job_fields, make_settings
 from peftdyno.bench.store import FAILURE, SWEEP, finished_record, read_object
@@ -102,7 +103,7 @@ class Sweep:
         try:
             job = Job.prepare(cell.settings, load)
             pending = self._pending(cell, job, base, outcome)
-            groups = self._groups(cell, pending)
+            groups = self._groups(cell, pending, job, base)
         except Exception as error:
             self._failed(cell, cell.settings.seeds, error, outcome, progress)
             return
@@ -123,18 +124,20 @@ class Sweep:
                 del keys[seed]
         return keys
 
-    def _groups(self, cell: Cell, pending: Mapping[int, str]) -> list[tuple[int, ...]]:
-        """Seeds that train together: first the groups that an earlier call left unfinished, then new ones."""
+    def _groups(self, cell: Cell, pending: Mapping[int, str], job: Job, base: BaseModel) -> list[tuple[int, ...]]:
+        """Seeds that train together: first the groups that an earlier call left unfinished, then new ones. Both are
+        within the memory limit, where there is one."""
         left, groups = dict(pending), []
         for claim in sorted((self.folder / GROUPS).glob(f"*/{CLAIM}")):
             held = read_object(claim)["settings"]
             seeds = tuple(held["seeds"])
             same = held["method"] == cell.settings.method and held["task"] == cell.settings.task
-            if same and claim.parent.name == group_key([left.get(seed, "") for seed in seeds]):
+            known = same and claim.parent.name == group_key([left.get(seed, "") for seed in seeds])
+            if known and fits_together(job.with_seeds(seeds), base):
                 groups.append(seeds)
                 left = {seed: key for seed, key in left.items() if seed not in seeds}
-        size = len(left) if self.together == "auto" else self.together
         rest = list(left)
+        size = group_size(job.with_seeds(rest), base, len(left) if self.together == "auto" else self.together)
         return groups + [tuple(rest[i : i + size]) for i in range(0, len(rest), max(size, 1))]
 
     def _run_group(self, cell: Cell, job: Job, base: BaseModel, progress: Progress) -> None:
@@ -216,4 +219,4 @@ def _free(grid: Mapping[str, list[Any]], held: Mapping[str, Any]) -> set[str]:
     """Settings that may differ from those the folder's sweep began with: the section of a method that only one of
     the two grids has, and what no result depends on."""
     one, other = set(grid["methods"]), set(held["grid"]["methods"])
-    return {"threads", "data", *(one ^ other)}
+    return {"threads", "data", "activations", "memory_limit", *(one ^ other)}

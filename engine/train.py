@@ -16,6 +16,7 @@ from torch import Tensor
 from peftdyno.engine import checkpoint
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.batching import Example, packs_of, training_sequences
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
@@ -111,7 +112,7 @@ def train(
     num_steps = max(run.steps for run in data)
     state = _initial_state(bank, data, config)
     metrics = _resume(state, folder, fingerprint)
-    share = _share_prefix(config.share_prefix, bank)
+    share = shares_prefix(config.share_prefix, bank.method)
     with metrics:
         while state.step < num_steps:
             step = state.step
@@ -256,9 +257,9 @@ def _halve_micro_batch(state: TrainState, error: Exception, step: int, folder: P
         torch.cuda.empty_cache()
 
 
-def _share_prefix(choice: SharePrefix, bank: AdapterBank) -> bool:
+def shares_prefix(choice: SharePrefix, method: Method) -> bool:
     """`auto` shares where it is exact: with adapter dropout a shared prefix is another sample."""
-    return choice == "on" or (choice == "auto" and not bank.method.uses_dropout())
+    return choice == "on" or (choice == "auto" and not method.uses_dropout())
 
 
 def _due(step: int, num_steps: int, share: float) -> bool:
@@ -342,6 +343,6 @@ def _resume(state: TrainState, folder: Path, fingerprint: str) -> _Metrics:
     for run, kept in zip(state.runs, values["runs"], strict=True):
         best = math.inf if kept["best_loss"] is None else kept["best_loss"]
         run.best_loss, run.best_step, run.stopped = best, kept["best_step"], kept["stopped"]
-    state.micro_batch, state.step = values["micro_batch"], found.step
+    state.micro_batch, state.step = min(values["micro_batch"], state.micro_batch), found.step
     state.events = [*values["events"], *complaints]
     return _Metrics(folder / "metrics.jsonl", values["metrics_size"])

@@ -28,6 +28,18 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps; or 
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the train split; 10 by default.")]
 Batch = Annotated[int | None, typer.Option("--batch", help="Sequences of each run in a step; 4 by default.")]
 MicroBatch = Annotated[int | None, typer.Option("--micro-batch", help="Sequences of each run computed at a time.")]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        help="Kept for the backward pass: keep (all), cheap (no pointwise results), recompute (layers' inputs).",
+        metavar="POLICY",
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option("--memory-limit", help="Train in the fastest way that fits, e.g. 8GiB, 900MB or 2e9.", metavar="SIZE"),
+]
 LearningRate = Annotated[
     float | None, typer.Option("--learning-rate", "--lr", help="Peak rate; the method's own by default.")
 ]

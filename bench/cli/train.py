@@ -29,6 +29,8 @@ def command(
     epochs: o.Epochs = None,
     batch: o.Batch = None,
     micro_batch: o.MicroBatch = None,
+    activations: o.Activations = None,
+    memory_limit: o.MemoryLimit = None,
     learning_rate: o.LearningRate = None,
     max_length: o.MaxLength = None,
     share_prefix: o.SharePrefix = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from peftdyno.engine.accounting.ledger import Ledger
@@ -70,6 +71,20 @@ def step_prediction(job: Job, packs: Sequence[Pack], *, probe: bool = False) -> 
     with tracker:
         run_step(decoder, bank, optimizer, placed, Ledger(scope, counter=counter))
     return counter.tally, tracker.log
+
+
+def validation_memory(job: Job, pack: Pack, *, probe: bool = False) -> MemoryLog:
+    """The memory of the losses of a pack between two training steps, without gradients."""
+    scope = Scope()
+    decoder, bank = job.model(scope)
+    placed = pack.to(decoder.device)
+    kept = held(decoder, bank, AdamW.create(bank), [placed], [bank.flat.clone()])
+    tracker = MemoryTracker(scope, job.device, kept, job.config.vocab_size, symbolic=True, probe=probe)
+    with tracker, SymbolicCounter(scope, job.device), scope.within(phase="evaluation"):
+        bank.begin(0, training=False)
+        with torch.no_grad():
+            decoder.losses(placed, bank)
+    return tracker.log
 
 
 def follow_step(

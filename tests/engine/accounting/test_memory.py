@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.accounting.memory import MemoryTracker
-from peftdyno.engine.accounting.memory_predict import follow_step, held, training_memory
+from peftdyno.engine.accounting.memory_predict import follow_step, held, training_memory, validation_memory
 from peftdyno.engine.accounting.predict import Job, run_step
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.activations import POLICIES, Policy
@@ -56,6 +56,29 @@ def test_predicted_peak_is_within_a_hundredth(method: Method, data: st.DataObjec
     for one in under_every_policy(job):
         predicted = training_memory(one, packs, probe=True).peak_bytes
         assert predicted == pytest.approx(measured_peak(one, packs), rel=0.01), one.activations
+
+
+@recorded
+@pytest.mark.parametrize("name", ["lora", "prefix-tuning", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_validation_takes_what_was_predicted(name: str, dtype: torch.dtype) -> None:
+    config = DecoderConfig(
+        family="llama", vocab_size=400, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    job = Job(config=config, methods=(METHODS[name](),) * 2, dtype=dtype)
+    decoder, bank = real_model(job)
+    optimizer, best = AdamW.create(bank), bank.flat.clone()
+    pack = job.plain_pack(3, 60)
+    for allocator in (memory.AllocatorPeak(), memory.AllocatorPeak()):  # the first call allocates tables
+        bank.state.clear()
+        with allocator:
+            bank.begin(0, training=False)
+            with torch.no_grad():
+                decoder.losses(pack, bank)
+    tracker = MemoryTracker(Scope(), "cpu", held(decoder, bank, optimizer, [pack], [best]), 0)
+    measured = sum(block.nbytes for block in tracker.log.blocks) + allocator.peak_bytes
+    assert validation_memory(job, pack, probe=True).peak_bytes == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
