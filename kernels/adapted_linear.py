@@ -85,7 +85,7 @@ class _AdaptedLinear(torch.autograd.Function):
             terms = (a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
             y, u = lora_linear.FORWARD(x, dense(weight), bias, *terms)
         else:
-            y = linear.FORWARD(x, dense(weight), bias, plan.spare)
+            y = linear.product(x, weight, bias, plan.spare)
         before = []
         for scale in edits.scales:
             before.append(y[:, scale.start : scale.start + scale.values.shape[1]].clone())
@@ -115,7 +115,7 @@ class _AdaptedLinear(torch.autograd.Function):
         need_x = ctx.needs_input_grad[0]
         a, b = _factors(edits, parameters)
         if not a:
-            dx = linear.BACKWARD(dy, dense(ctx.weight)) if need_x else None
+            dx = linear.product_backward(dy, ctx.weight) if need_x else None
             return dx, None, None, None, *scales, *shifts
         weight = dense(ctx.weight)
         dx, da, db = lora_linear.BACKWARD(dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import cpu, triton
+from peftdyno.kernels import cpu, nf4_linear, triton
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
-from peftdyno.kernels.nf4 import Weight, dense
+from peftdyno.kernels.nf4 import Nf4Weight, Weight, dense
 
 
 def reference_forward(x: Tensor, weight: Tensor, bias: Tensor | None, spare: int) -> Tensor:
@@ -61,16 +61,31 @@ BACKWARD = primitive(
 )
 
 
+def product(x: Tensor, weight: Weight, bias: Tensor | None, spare: int) -> Tensor:
+    """y; a weight in 4 bits is dequantised before, or on the way where that is faster."""
+    if isinstance(weight, Nf4Weight) and nf4_linear.fused("nf4_linear", x, weight):
+        return nf4_linear.product(x, weight, bias, spare)
+    y: Tensor = FORWARD(x, dense(weight), bias, spare)
+    return y
+
+
+def product_backward(dy: Tensor, weight: Weight) -> Tensor:
+    """dx; see `product`."""
+    if isinstance(weight, Nf4Weight) and nf4_linear.fused("nf4_linear_backward", dy, weight):
+        return nf4_linear.product_backward(dy, weight)
+    dx: Tensor = BACKWARD(dy, dense(weight))
+    return dx
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, spare: int) -> Tensor:
         ctx.weight = weight
-        y: Tensor = FORWARD(x, dense(weight), bias, spare)
-        return y
+        return product(x, weight, bias, spare)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return BACKWARD(dy, dense(ctx.weight)), None, None, None
+        return product_backward(dy, ctx.weight), None, None, None
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, spare: int = 0) -> Tensor:

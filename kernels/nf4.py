@@ -173,6 +173,10 @@ class Nf4Weight:
             return [self.codes, scales]
         return [self.codes, scales.codes, scales.absmax, scales.offsets]
 
+    def scales(self) -> Tensor:
+        """Absolute maxima of the blocks in fp32."""
+        return self.absmax if isinstance(self.absmax, Tensor) else self.absmax.dense()
+
     def dense(self) -> Tensor:
         """A new tensor [out, in] in the compute dtype."""
         return self.rows(0, self.shape[0])
@@ -182,8 +186,7 @@ class Nf4Weight:
         columns = self.shape[1]
         first, last = start * columns, stop * columns
         assert first % BLOCK == last % BLOCK == 0, (start, stop, self.shape)
-        absmax = self.absmax if isinstance(self.absmax, Tensor) else self.absmax.dense()
-        codes, scales = self.codes[first // 2 : last // 2], absmax[first // BLOCK : last // BLOCK]
+        codes, scales = self.codes[first // 2 : last // 2], self.scales()[first // BLOCK : last // BLOCK]
         weight: Tensor = DEQUANTISE(codes, scales, stop - start, columns, self.dtype)
         return weight
 

@@ -48,12 +48,16 @@ SHIPPED: dict[str, dict[int, Tile]] = {
     "lora_add": dict.fromkeys((80, 90, 100), Tile(64, 128, 8, 2)),
     "lora_gemm": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
     "lora_gemm_backward": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
+    "nf4_linear": dict.fromkeys((80, 90, 100), Tile(16, 64, 4, 3)),
+    "nf4_linear_backward": dict.fromkeys((80, 90, 100), Tile(32, 64, 4, 3)),
 }
 """Kernel and shape class (width of a head) -> architecture -> tile."""
 
 FORMS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("bordered", "plain", "fused"),
     "lora_linear_backward": ("bordered", "plain", "fused"),
+    "nf4_linear": ("dequantise", "fused"),
+    "nf4_linear_backward": ("dequantise", "fused"),
 }
 """Operator -> its forms, the one taken unless measured otherwise first. A form that the operands do not allow (no
 border laid, rows that no descriptor can address) gives way to the next one that they do."""

@@ -26,6 +26,8 @@ OPERATORS = {
     "lora_linear": "lora_linear.forward",
     "lora_linear_backward": "lora_linear.backward",
     "nf4_dequantise": "nf4.dequantise",
+    "nf4_linear": "nf4_gemm.forward",
+    "nf4_linear_backward": "nf4_gemm.backward",
     "rms_norm": "rms_norm.forward",
     "rms_norm_backward": "rms_norm.backward",
     "rotary_": "rotary.turn",

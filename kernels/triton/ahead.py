@@ -36,6 +36,7 @@ MODULES = (
     "skinny",
     "lora_gemm",
     "nf4",
+    "nf4_gemm",
     "attention",
     "attention_backward",
 )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import tuning
+from peftdyno.kernels import linear, nf4, tuning
 from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton import attention, attention_backward, lora_gemm, lora_linear, skinny
+from peftdyno.kernels.triton import attention, attention_backward, lora_gemm, lora_linear, nf4_gemm, skinny
 from peftdyno.kernels.triton.low_rank import modules_of
 
 
@@ -114,6 +114,11 @@ def subjects(sizes: TuneSizes, device: torch.device) -> Iterator[Subject]:
     if lora_gemm.suitable(x, weight, u, up, dy):
         yield Subject("lora_gemm", lambda: lora_gemm.product(x, weight, u, up))
         yield Subject("lora_gemm_backward", lambda: lora_gemm.product_backward(dy, weight, u, down))
+    if product.columns % nf4.BLOCK == 0:
+        few, small = draw.rows(16, product.columns), _random_nf4(product, draw)
+        yield Subject("nf4_linear", lambda: nf4_gemm.forward(few, small.codes, small.scales(), out, None, 0))
+        back = lambda: nf4_gemm.backward(dy, small.codes, small.scales(), product.columns)  # noqa: E731
+        yield Subject("nf4_linear_backward", back)
     yield from _attention(sizes, draw)
 
 
@@ -138,6 +143,28 @@ def form_subjects(sizes: TuneSizes, device: torch.device) -> Iterator[FormSubjec
     """Every operator that has several forms, at each product of the model."""
     for product in sizes.products:
         yield from _lora(product, sizes, Draw(device))
+        if product.columns % nf4.BLOCK == 0:
+            yield from _four_bits(product, sizes, Draw(device))
+
+
+def _random_nf4(product: Product, draw: Draw) -> nf4.Nf4Weight:
+    """Random codes and scales."""
+    elements = product.out * product.columns
+    codes = torch.randint(256, (elements // 2,), dtype=torch.uint8, device=draw.device)
+    absmax = torch.rand(elements // nf4.BLOCK, device=draw.device)
+    return nf4.Nf4Weight(codes=codes, absmax=absmax, shape=(product.out, product.columns), dtype=draw.dtype)
+
+
+def _four_bits(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubject]:
+    """The product with a weight in 4 bits, for a token, for as many as decode together, and for a pack."""
+    weight = _random_nf4(product, draw)
+    for n in dict.fromkeys((1, 16, sizes.tokens)):
+        x, dy, shape = draw.rows(n, product.columns), draw.rows(n, product.out), (n, product.columns, product.out)
+        forward = lambda x=x: linear.product(x, weight, None, 0)  # noqa: E731
+        yield FormSubject("nf4_linear", shape, tuning.FORMS["nf4_linear"], forward)
+        backward = lambda dy=dy: linear.product_backward(dy, weight)  # noqa: E731
+        if n == sizes.tokens:
+            yield FormSubject("nf4_linear_backward", shape, tuning.FORMS["nf4_linear_backward"], backward)
 
 
 def _lora(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubject]:

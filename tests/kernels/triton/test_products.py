@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import nf4, tuning
+from peftdyno.kernels import linear, nf4, nf4_linear, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
 from peftdyno.kernels.triton import load, lora_gemm
@@ -57,3 +57,49 @@ def test_nf4_dequantise_gives_the_same_bits(rows: int, columns: int, dtype: torc
     absmax = torch.rand(rows * columns // nf4.BLOCK, device=device)
     arguments = (codes, absmax, rows, columns, dtype)
     assert torch.equal(load("nf4_dequantise")(*arguments), nf4.reference_dequantise(*arguments))
+
+
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 64, 1), (19, 192, 130)])
+def test_products_that_dequantise_on_the_way(
+    rows: int, columns: int, out: int, dtype: torch.dtype, device: Any
+) -> None:
+    weight = nf4.quantise(torch.randn(out, columns, device=device).to(dtype))
+    x, dy = (rows_beside_others(rows, n, dtype, device) for n in (columns, out))
+    for bias in (None, torch.randn(out, device=device).to(dtype)):
+        forward = (x, weight.codes, weight.scales(), out, bias, 8)
+        y = load("nf4_linear")(*forward)
+        assert y.stride(0) == out + 8
+        truth = in_float64(with_dequantised, (x, weight.dense(), bias))
+        assert not excess("nf4_linear", y, nf4_linear.reference_forward(*forward), truth)
+    backward = (dy, weight.codes, weight.scales(), columns)
+    truth = in_float64(torch.mm, (dy, weight.dense()))
+    assert not excess(
+        "backward", load("nf4_linear_backward")(*backward), nf4_linear.reference_backward(*backward), truth
+    )
+
+
+def with_dequantised(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def test_the_form_of_a_4_bit_product_is_the_chosen_one(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward through autograd, with and without dequantising first; odd widths always do."""
+    taken: list[str] = []
+    for name in ("product", "product_backward"):
+        plain = getattr(nf4_linear, name)
+        monkeypatch.setattr(nf4_linear, name, lambda *a, n=name, f=plain: (taken.append(n), f(*a))[1])
+    for columns, form, expected in (
+        (128, "fused", ["product", "product_backward"]),
+        (128, "dequantise", []),
+        (96, "fused", []),
+    ):
+        taken.clear()
+        weight = nf4.quantise(torch.randn(10, columns, device=device), nested=True)
+        x = torch.randn(3, columns, device=device, requires_grad=True)
+        with tuning.trial_form("nf4_linear", form), tuning.trial_form("nf4_linear_backward", form):
+            y = linear.linear(x, weight)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+        assert taken == expected
+        torch.testing.assert_close(y, x @ weight.dense().t())
+        torch.testing.assert_close(dx, weight.dense().sum(0).expand(3, -1))

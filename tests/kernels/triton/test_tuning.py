@@ -1,20 +1,20 @@
 """Tiles and forms: shipped for every architecture, overridden by what was measured, and never trusted unread."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peftdyno.kernels import tuning
+from peftdyno.kernels import dispatch, tuning
 from peftdyno.kernels.triton import tune
 from peftdyno.kernels.triton.tune_subjects import FormSubject, Product, Subject, TuneSizes, form_subjects, subjects
 from peftdyno.kernels.tuning import Tile
 
 CPU = torch.device("cpu")
 SIZES = TuneSizes(
-    tokens=20, products=(Product(columns=16, outs=(16, 8)),), rank=16, runs=2, heads=2, key_heads=1, head_dim=16
+    tokens=20, products=(Product(columns=64, outs=(16, 8)),), rank=16, runs=2, heads=2, key_heads=1, head_dim=16
 )
 
 
@@ -68,7 +68,15 @@ def test_every_tile_has_a_subject(device: torch.device) -> None:
         assert tiles[90] not in found and len(set(found)) == len(found) > 4, kernel
 
 
-def test_every_form_has_a_subject_whose_forms_agree(device: torch.device) -> None:
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    before = dispatch.current()
+    dispatch.use("triton")
+    yield
+    dispatch.use(before)
+
+
+def test_every_form_has_a_subject_whose_forms_agree(device: torch.device, triton_kernels: None) -> None:
     operators = set()
     for subject in form_subjects(SIZES, device):
         entry = tune.fastest_form(subject, lambda call: 1.0)
