@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftdyno.engine.accounting.dispatch_mode import DispatchMode
 from peftdyno.engine.accounting.formulas import tensors
+from peftdyno.engine.accounting.quick_shapes import quick_shape
 from peftdyno.engine.accounting.scope import Phase, Scope
 from peftdyno.engine.accounting.workspace import workspace
 
@@ -110,6 +111,7 @@ class MemoryTracker(DispatchMode):
         super().__init__()
         self.scope = scope
         self.runs_on = runs_on
+        self.symbolic = symbolic
         self.probe = probe
         self.devices = {"meta"} | ({"cpu"} & {runs_on}) if symbolic else {runs_on}
         self.vocabulary = vocabulary
@@ -123,7 +125,9 @@ class MemoryTracker(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = quick_shape(func, args, kwargs or {}) if self.symbolic else None
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         self.follow(func, args, result)
         return result
 

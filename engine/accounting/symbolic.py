@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.engine.accounting.counting import Counter
+from peftdyno.engine.accounting.library_scratch import MATMULS
 from peftdyno.engine.accounting.quick_shapes import quick_shape
 from peftdyno.engine.accounting.scope import Scope
 
@@ -35,6 +36,8 @@ class SymbolicCounter(Counter):
                 if self.device != "cpu":
                     self.charge(func, args, result)
                 return result
+        if func._opname in MATMULS and torch._C._len_torch_dispatch_stack():
+            return super().__torch_dispatch__(func, types, args, kwargs)  # what follows memory must see it by its name
         result = quick_shape(func, args, kwargs or {})
         if result is not None:
             self.charge(func, args, result)

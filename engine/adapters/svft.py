@@ -116,6 +116,9 @@ def _identified(method: Method, digest: str) -> SVFT:
 
 def singular_bases(weight: Tensor) -> tuple[Tensor, Tensor]:
     """U [out, k] and V^T [k, in] of a weight in its dtype, by falling singular value, computed in fp32 or better."""
+    if weight.is_meta:
+        out, width = weight.shape
+        return weight.new_empty(out, min(out, width)), weight.new_empty(min(out, width), width)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     left, _, right = torch.linalg.svd(wide, full_matrices=False)
     return left.to(weight.dtype), right.to(weight.dtype)
