@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from peftdyno.bench.memory_limit import Limit, Way
 from peftdyno.engine.accounting.memory import MemoryLog
-from peftdyno.engine.accounting.memory_predict import step_prediction
+from peftdyno.engine.accounting.memory_predict import pack_tensors, step_prediction
+from peftdyno.engine.accounting.pack_shape import PackShape
 from peftdyno.engine.accounting.predict import Job, Untuned, forward_pass, generation
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.accounting.symbolic import SymbolicCounter
 from peftdyno.engine.accounting.tally import Charge, nested
+from peftdyno.engine.activations import POLICIES, Policy
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.errors import UserError
-from peftdyno.engine.pack import Sequence
+from peftdyno.engine.pack import Pack, Sequence
 from peftdyno.engine.weights import empty_weights, parameter_count
 
 CONVENTIONS = {
@@ -28,8 +31,11 @@ CONVENTIONS = {
 INFERENCE_PHASES = ("forward", "prefill", "decode")
 
 
-def cost_report(job: Job, batch: int, length: int) -> dict[str, Any]:
+def cost_report(job: Job, batch: int, length: int, limits: Limits | None = None) -> dict[str, Any]:
     """All predicted figures of training on `batch` sequences of `length` tokens for each run and of inference on them.
+
+    `within_limit` is the fastest way to train that fits `limits`, or that none does; the other figures of training are
+    of the batch as a whole under the job's own policy.
 
     In training every token but the first of a sequence carries a loss. Inference is `forward`, logits of every token;
     `prefill`, of the last; and `decode`, one token generated after the sequence with a key and value cache. `merged`
@@ -43,6 +49,7 @@ def cost_report(job: Job, batch: int, length: int) -> dict[str, Any]:
         "runs": len(job.methods),
         "batch": batch,
         "length": length,
+        "activations": job.activations,
         "conventions": CONVENTIONS,
         "parameters": {
             "base": parameter_count(job.config),
@@ -52,6 +59,8 @@ def cost_report(job: Job, batch: int, length: int) -> dict[str, Any]:
         "training": {"flops": nested(tally.by("phase", "owner")), "memory": memory_report(memory)},
         "inference": {"base": base, "unmerged": _with_extra(_inference(job, batch, length), base)},
     }
+    if limits is not None:
+        report["training"]["within_limit"] = _within(limits, job, batch, length)
     try:
         config = merged_config(job)
     except UserError as error:
@@ -61,6 +70,57 @@ def cost_report(job: Job, batch: int, length: int) -> dict[str, Any]:
         same = config == job.config
         report["inference"]["merged"] = _with_extra(base if same else _inference(merged, batch, length), base)
     return report
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that training may take, and the policies that may be chosen."""
+
+    limit: int
+    policies: tuple[Policy, ...] = POLICIES
+
+
+@dataclass(frozen=True)
+class _EqualPacks:
+    """Packs of sequences of one length, for `runs` runs of the job's method."""
+
+    job: Job
+    batch: int
+    length: int
+    runs: int
+
+    def largest(self, way: Way) -> tuple[PackShape, ...]:
+        """All packs of a way are alike."""
+        return (PackShape.of(self._pack(way)),)
+
+    def waiting(self, way: Way) -> int:
+        """Bytes of the arrays of the other packs of a step."""
+        others = -(-self.batch // way.micro_batch) - 1
+        return others * sum(tensor.nbytes for tensor in pack_tensors(self._pack(way)))
+
+    def work(self, way: Way) -> tuple[int, int]:
+        """Tokens and packs of one step of all runs."""
+        packs = -(-self.runs // way.together) * -(-self.batch // way.micro_batch)
+        root = self.job.root
+        learned = root.length * way.together * packs if root is not None and root.kind == "tokens" else 0
+        return self.runs * self.batch * self.length + learned, packs
+
+    def _pack(self, way: Way) -> Pack:
+        return replace(self.job, methods=self.job.methods * way.together).plain_pack(way.micro_batch, self.length)
+
+
+def _within(limits: Limits, job: Job, batch: int, length: int) -> dict[str, Any]:
+    """What would be chosen; where nothing fits, what the user would be told."""
+    runs, one = len(job.methods), replace(job, methods=job.methods[:1])
+    sizes = sorted({-(-runs // groups) for groups in range(1, runs + 1)})
+    packs = _EqualPacks(one, batch, length, runs)
+    try:
+        chosen = Limit(one, packs, limits.limit, batch, limits.policies, sizes).choose()
+    except UserError as error:
+        return {"limit_bytes": limits.limit, "says": str(error)}
+    way = {"activations": chosen.way.activations, "micro_batch": chosen.way.micro_batch}
+    way |= {"runs_together": chosen.way.together, "predicted_peak_bytes": chosen.peak_bytes}
+    return {"limit_bytes": limits.limit, **way, "says": str(chosen)}
 
 
 def merged_config(job: Job) -> DecoderConfig:

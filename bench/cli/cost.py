@@ -13,6 +13,7 @@ EXAMPLES = (
     "peftdyno cost --model llama-3-8b --method lora --batch 1 --seq 512",
     "peftdyno cost --model llama-3-8b --method all",
     "peftdyno cost --model smollm2-135m --method lora --set lora.rank=8 --batch 4 --json",
+    "peftdyno cost --model llama-3-8b --method lora --batch 8 --memory-limit 24GiB",
 )
 TERA = 1e12
 
@@ -25,6 +26,8 @@ def command(
     batch: Annotated[int, typer.Option("--batch", help="Sequences of each run.", min=1)] = 1,
     seq: Annotated[int, typer.Option("--seq", help="Tokens of a sequence.", min=2)] = 512,
     runs: Annotated[int, typer.Option("--runs", help="Runs trained together in one bank.", min=1)] = 1,
+    activations: o.Activations = None,
+    memory_limit: o.MemoryLimit = None,
     sets: o.Sets = None,
     dtype: o.Dtype = None,
     quant: o.Quant = None,
@@ -35,8 +38,9 @@ def command(
     import torch
 
     from peftdyno.bench.cli.console import print_json
-    from peftdyno.bench.cost import cost_report, methods_named
+    from peftdyno.bench.cost import Limits, cost_report, methods_named
     from peftdyno.engine.accounting.predict import Job
+    from peftdyno.engine.activations import POLICIES
     from peftdyno.engine.sources import resolve_config
 
     name = model or o.DEFAULT_MODEL
@@ -44,9 +48,20 @@ def command(
     width = {"bf16": torch.bfloat16, "fp32": torch.float32}[o.dtype(dtype)]
     reports = {}
     for cls in methods_named(method):
-        one = _method(name, cls.name, sets or [])
-        job = Job(config=config, methods=(one,) * runs, dtype=width, device=_device(device), quant=quant)
-        reports[cls.name] = {"model": name, "dtype": o.dtype(dtype), **cost_report(job, batch, seq)}
+        given = {"activations": activations, "memory_limit": memory_limit}
+        settings = _settings(name, cls.name, given, sets or [])
+        job = Job(
+            config=config,
+            methods=(settings.build_method(),) * runs,
+            dtype=width,
+            device=_device(device),
+            quant=quant,
+            activations=settings.activations or "keep",
+        )
+        limits = None
+        if settings.memory_limit is not None:
+            limits = Limits(settings.memory_limit, (settings.activations,) if settings.activations else POLICIES)
+        reports[cls.name] = {"model": name, "dtype": o.dtype(dtype), **cost_report(job, batch, seq, limits)}
     if json_output:
         print_json(next(iter(reports.values())) if len(reports) == 1 else reports)
     elif len(reports) == 1:
@@ -64,12 +79,13 @@ def _device(name: str | None) -> str:
     return "cuda" if name == "cuda" else "cpu"
 
 
-def _method(model: str, name: str, sets: list[str]) -> Any:
-    """A method with those of the settings that are its own; UserError for a setting of no method asked for."""
+def _settings(model: str, name: str, given: dict[str, Any], sets: list[str]) -> Any:
+    """The options, and those of the settings that are the method's own; UserError for a setting of no method asked
+    for."""
     from peftdyno.bench.settings import gather, make_settings
 
     own = [text for text in sets if text.partition(".")[0] == name or "." not in text]
-    return make_settings(gather({"model": model, "method": name, "task": "cost"}, None, own)).build_method()
+    return make_settings(gather({"model": model, "method": name, "task": "cost", **given}, None, own))
 
 
 def _print_one(report: dict[str, Any]) -> None:
@@ -104,11 +120,13 @@ def _print_one(report: dict[str, Any]) -> None:
     at = memory["at"]
     title = f"Training memory: {memory['predicted_peak_bytes'] / 1e9:.3f} GB at the peak"
     print_table(("category", "GB"), rows, title=f"{title} ({at['phase']}, layer {at['layer']}, {at['operator']})")
+    if "within_limit" in report["training"]:
+        OUT.print(report["training"]["within_limit"]["says"], highlight=False)
 
 
 def _setup(report: dict[str, Any]) -> str:
     runs = f", {report['runs']} runs together" if report["runs"] > 1 else ""
-    return f"batch {report['batch']} x {report['length']} tokens{runs}"
+    return f"batch {report['batch']} x {report['length']} tokens{runs}, activations {report['activations']}"
 
 
 def _flop_columns(values: dict[str, int]) -> tuple[str, ...]:
@@ -143,3 +161,6 @@ def _print_many(reports: dict[str, dict[str, Any]]) -> None:
         "GFLOP a token", "training GB",
     )  # fmt: skip
     print_table(header, rows, title=f"{first['model']}, {first['dtype']}: {_setup(first)}")
+    for name, report in reports.items():
+        if "within_limit" in report["training"]:
+            print(f"{name}: {report['training']['within_limit']['says']}")
