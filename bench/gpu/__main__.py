@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
             print("no CUDA device: run it on a GPU machine, or give --tiny for a smoke test", file=sys.stderr)
             return 2
         os.environ["TRITON_INTERPRET"] = "1"
-    from peftdyno.bench.gpu import checks, decode, memory, micro, step
+    from peftdyno.bench.gpu import checks, decode, goals, memory, micro, step
     from peftdyno.bench.gpu.results import Section, brief
     from peftdyno.bench.gpu.sizes import FULL, TINY
     from peftdyno.kernels import dispatch
@@ -73,8 +73,13 @@ def main(arguments: list[str]) -> int:
         sections.append(section)
     report = {"provenance": provenance(device, tiny=chosen.tiny)}
     report |= {s.name: {"rows": list(s.rows.values()), "left": s.left} for s in sections}
+    everything = {name: Section.open(name, chosen.out, SECONDS, fresh=False).rows for name in SECTIONS}
+    report["goals"] = goals.report(everything)
     (chosen.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    return summary(sections, brief, interpreted=device.type != "cuda")
+    status = summary(sections, brief, interpreted=device.type != "cuda")
+    counts = device.type == "cuda" and not chosen.tiny
+    print("\n".join(["goals on one H200", *goals.lines(report["goals"], counts=counts)]))
+    return status
 
 
 def summary(sections: list[Any], brief: Any, *, interpreted: bool) -> int:

@@ -235,14 +235,23 @@ def attentions(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 def quantised(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """4-bit weights."""
-    config = sizes.config()
+    config, draw = sizes.config(), Draw(sizes, device)
 
     def make(t: torch.dtype, _: int) -> tuple[Any, ...]:
         rows, columns = 2 * config.intermediate_size, config.hidden_size
         codes = torch.randint(256, (rows * columns // 2,), dtype=torch.uint8, device=device)
         return codes, torch.rand(rows * columns // 64, device=device), rows, columns, t
 
+    def product(t: torch.dtype, n: int, backward: bool = False) -> tuple[Any, ...]:
+        codes, absmax, rows, columns, _ = make(t, n)
+        if backward:
+            return draw.rows(n, rows, t), codes, absmax, columns
+        return draw.rows(n, columns, t), codes, absmax / columns, rows, None, 64
+
     yield Case("nf4_dequantise", "gate_up", make, against="eager")
+    yield Case("nf4_linear", "gate_up", product, against="eager")
+    yield Case("nf4_linear", "gate_up, 1 token", lambda t, _: product(t, 1), against="eager")
+    yield Case("nf4_linear_backward", "gate_up", lambda t, n: product(t, n, backward=True), against="eager")
 
 
 def all_cases(sizes: Sizes, device: torch.device) -> list[Case]:

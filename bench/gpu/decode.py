@@ -1,8 +1,9 @@
-"""Section `decode`: tokens a second of one sequence, and prompts a second behind a shared prefix."""
+"""Section `decode`: tokens a second of one sequence, replayed and not, and prompts a second behind a shared prefix."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -11,32 +12,36 @@ from peftdyno.bench.gpu.results import Section
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.bench.gpu.step import model, release, times
 from peftdyno.engine.accounting.predict import Untuned
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.generate import generate
+from peftdyno.engine.graphs import EagerRecorder
 from peftdyno.engine.pack import Sequence, build_pack
 
 
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
-    """Both rows, without an adapter."""
+    """All rows, without an adapter."""
     top = measured_ceilings(section, device, tiny=tiny)
-    names = ["decode, batch 1", "classification prompts, shared prefix"]
-    wanted = [name for name in names if section.wants(name)]
+    steps = {"graph": "on" if device.type == "cuda" else EagerRecorder(), "no graph": "off"}
+    rows = {f"decode, batch 1, {name}": choice for name, choice in steps.items()}
+    prompts, same = "classification prompts, shared prefix", "replayed steps give the same tokens"
+    wanted = [name for name in (*rows, prompts, same) if section.wants(name)]
     if not wanted:
         return
     decoder, bank = model(sizes, [Untuned()], device, bordered=False)
-    if names[0] in wanted:
-        prompt = [Sequence(tokens=tuple(range(3, 19)), num_prompt=16)]
-
-        def seconds(new: int) -> float:
-            began = time.perf_counter()
-            generate(decoder, bank, prompt, max_new_tokens=new, eos_ids=())
-            return time.perf_counter() - began
-
-        seconds(2)
-        short, long = seconds(1), seconds(sizes.new_tokens + 1)
-        each = (long - short) / sizes.new_tokens
-        read = sum(t.numel() * t.element_size() for t in decoder.weights.tensors() if t is not decoder.weights.embed)
-        section.add(names[0], tokens_per_second=1 / each, of_copy_ceiling=read / each / top.bytes_per_second)
-    if names[1] in wanted:
+    prompt = [Sequence(tokens=tuple(range(3, 19)), num_prompt=16)]
+    read = sum(t.numel() * t.element_size() for t in decoder.weights.tensors() if t is not decoder.weights.embed)
+    for name, choice in rows.items():
+        if name in wanted:
+            each = _seconds_a_token(decoder, bank, prompt, sizes.new_tokens, choice)
+            share = read / each / top.bytes_per_second
+            section.add(name, tokens_per_second=1 / each, of_copy_ceiling=share)
+    if same in wanted:
+        batch = [Sequence(tokens=tuple(range(3, 5 + 2 * i)), num_prompt=1, ordinal=i) for i in range(3)]
+        options = {"max_new_tokens": 2 * sizes.new_tokens, "eos_ids": ()}
+        found, expected = (generate(decoder, bank, batch, graphs=choice, **options) for choice in steps.values())
+        section.add(same, ok=found == expected)
+    if prompts in wanted:
         count, shared, own = sizes.prompts
         sequences = [
             Sequence(tokens=(5,) * shared + tuple(range(3 + i, 3 + i + own)), num_prompt=shared + own - 1, ordinal=i)
@@ -51,5 +56,18 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
 
         elapsed = times(call, device, 2 if tiny else 6)
         tokens = count * (shared + own)
-        section.add(names[1], prompt_tokens_per_second=tokens / elapsed, computed_tokens=pack.num_tokens)
+        section.add(prompts, prompt_tokens_per_second=tokens / elapsed, computed_tokens=pack.num_tokens)
     release(device)
+
+
+def _seconds_a_token(decoder: Decoder, bank: AdapterBank, prompt: list[Sequence], count: int, graphs: Any) -> float:
+    """Of `count` decoding steps: a long generation less a short one, which pays for prefill and recording too."""
+
+    def seconds(new: int) -> float:
+        began = time.perf_counter()
+        generate(decoder, bank, prompt, max_new_tokens=new, eos_ids=(), graphs=graphs)
+        return time.perf_counter() - began
+
+    seconds(3)
+    short, long = seconds(2), seconds(count + 2)
+    return (long - short) / count

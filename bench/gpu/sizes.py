@@ -27,6 +27,8 @@ class Sizes:
     new_tokens: int
     layers_of_hf: int
     """Layers of the model built by transformers for comparison."""
+    losses: tuple[int, int, int]
+    """Comparison of losses with PEFT: layers, tokens of a sequence, steps."""
 
     @property
     def tokens(self) -> int:
@@ -51,6 +53,7 @@ FULL = Sizes(
     prompts=(64, 400, 100),
     new_tokens=128,
     layers_of_hf=32,
+    losses=(4, 1024, 50),
 )
 TINY = Sizes(
     fields={
@@ -76,4 +79,5 @@ TINY = Sizes(
     prompts=(2, 6, 4),
     new_tokens=2,
     layers_of_hf=1,
+    losses=(1, 12, 3),
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peftdyno.bench.gpu import losses
 from peftdyno.bench.gpu.micro import measured_ceilings
 from peftdyno.bench.gpu.results import Section
 from peftdyno.bench.gpu.sizes import Sizes
@@ -102,6 +103,8 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
     if section.wants("frozen forward and input gradient"):
         section.add("frozen forward and input gradient", seconds=frozen_step(sizes, device, tiny=tiny))
         release(device)
+    losses.run(section, sizes, device)
+    release(device)
     for name, liger in (("HF + PEFT", False), ("HF + PEFT + Liger", True)):
         if section.wants(name) and (not liger or importlib.util.find_spec("liger_kernel")):
             section.add(name, **_hugging_face(sizes, device, liger=liger))
