@@ -13,6 +13,7 @@ PANEL = "Costs"
 EXAMPLES = (
     "peftdyno profile --model smollm2-135m --method lora --batch 4 --seq 256 --out runs/profile",
     "peftdyno profile --model folder/with/config --method prefix-tuning --steps 20 --json",
+    "peftdyno profile --model llama-3-8b --batch 1 --seq 512 --hardware",
 )
 ROWS = 20
 
@@ -26,31 +27,63 @@ def command(
     sets: o.Sets = None,
     dtype: o.Dtype = None,
     device: o.Device = None,
+    hardware: Annotated[
+        bool, typer.Option("--hardware", help="FLOPs and bytes by the card's own counters instead (Nsight Compute).")
+    ] = False,
     out: o.Out = None,
     json_output: o.Json = False,
 ) -> None:
-    """Time a training step by phase and operator, hold it against this machine's ceilings, and write a Chrome trace
-    and a page on memory. The model has random weights: no cost depends on their values."""
-    import torch
-
+    """Time a training step by phase and operator, hold it against this machine's ceilings, and write traces for Chrome
+    and TensorBoard and a page on memory. The model has random weights: no cost depends on their values."""
     from peftdyno.bench.base_model import choose_device
     from peftdyno.bench.cli.console import print_json
+    from peftdyno.bench.profiling.hardware import hardware_profile
     from peftdyno.bench.profiling.profile import profile
-    from peftdyno.bench.settings import gather, make_settings
-    from peftdyno.engine.accounting.predict import Job
-    from peftdyno.engine.sources import resolve_config
+    from peftdyno.bench.profiling.spec import Spec
 
-    name = model or o.DEFAULT_MODEL
-    values = gather({"model": name, "method": method, "task": "profile"}, None, sets or [])
-    built = make_settings(values).build_method()
-    width = {"bf16": torch.bfloat16, "fp32": torch.float32}[o.dtype(dtype)]
-    where = choose_device(device or "auto")
-    job = Job(config=resolve_config(name), methods=(built,), dtype=width, device=where.type)
-    found = profile(job, batch, seq, steps, out or Path("runs") / "profile")
+    spec = Spec(
+        model=model or o.DEFAULT_MODEL,
+        method=method,
+        sets=tuple(sets or ()),
+        dtype=o.dtype(dtype),
+        device=choose_device(device or "auto").type,
+        batch=batch,
+        length=seq,
+    )
+    folder = out or Path("runs") / "profile"
+    found = hardware_profile(spec) if hardware else profile(spec.job(), batch, seq, steps, folder)
     if json_output:
         print_json(found)
     else:
-        _print(found)
+        (_print_hardware if hardware else _print)(found)
+
+
+def _print_hardware(found: dict[str, Any]) -> None:
+    from peftdyno.bench.cli.console import OUT, print_table
+
+    rows = [
+        (
+            phase,
+            f"{values['counted_matrix_flops'] / 1e9:.3f}",
+            f"{values['tensor_flops'] / 1e9:.3f}",
+            f"{values['fma_flops'] / 1e9:.3f}",
+            "" if values["counted_over_hardware"] is None else f"{values['counted_over_hardware']:.4f}",
+            f"{values['counted_bytes_at_least'] / 1e6:.1f}",
+            f"{values['dram_bytes'] / 1e6:.1f}",
+        )
+        for phase, values in found["phases"].items()
+    ]
+    header = (
+        "phase",
+        "counted matrix GFLOP",
+        "tensor cores",
+        "multiply-adds",
+        "counted / hardware",
+        "MB at least",
+        "MB",
+    )
+    print_table(header, rows, title=f"Counted, and by the counters of {found['device']}")
+    OUT.print("hardware above counted: tiles that reach over the edge of a matrix; --json has every kernel")
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -79,6 +112,12 @@ def _print(found: dict[str, Any]) -> None:
     memory = found["memory"]
     OUT.print(f"peak memory: predicted {memory['predicted_peak_bytes']:,} bytes, followed "
               f"{memory['followed_peak_bytes']:,}", highlight=False)  # fmt: skip
-    energy = found["energy_joules_a_step"]
-    OUT.print("energy: no counter can be read here" if energy is None else f"energy: {energy:.2f} J a step")
+    energy, cost = found["energy"], found["accounting"]
+    OUT.print(
+        "energy: no counter can be read here"
+        if energy is None
+        else f"energy: {energy['joules_a_step']:.2f} J a step ({energy['source']}: {energy['covers']})"
+    )
+    OUT.print(f"accounting: {1e3 * cost['on_seconds']:.2f} ms a step with it, {1e3 * cost['off_seconds']:.2f} without "
+              f"({cost['share']:+.2%}, {cost['steps']} steps each)", highlight=False)  # fmt: skip
     OUT.print("wrote " + ", ".join(found["files"]), highlight=False)

@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peftdyno.bench.profiling.accounting_cost import accounting_cost
+from peftdyno.bench.profiling.bench import Bench
 from peftdyno.bench.profiling.ceiling import DTYPES, ceilings
-from peftdyno.bench.profiling.energy import joules
 from peftdyno.bench.profiling.memory_page import write_memory_page
 from peftdyno.bench.profiling.op_timer import OpTimer
 from peftdyno.engine.accounting.counting import Counter
+from peftdyno.engine.accounting.energy import EnergyMeter, energy_counter, energy_metered
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.accounting.memory_predict import follow_step
-from peftdyno.engine.accounting.predict import Job, run_step
+from peftdyno.engine.accounting.predict import Job
 from peftdyno.engine.accounting.summary import summary
-from peftdyno.engine.adapters.bank import AdapterBank
-from peftdyno.engine.decoder import Decoder
-from peftdyno.engine.optim import AdamW
-from peftdyno.engine.pack import Pack
-from peftdyno.engine.weights import random_weights
-
-
-@dataclass
-class Bench:
-    """A model of random weights, whose values no cost depends on, a bank, and a pack to train on."""
-
-    decoder: Decoder
-    bank: AdapterBank
-    optimizer: AdamW
-    pack: Pack
-
-    @classmethod
-    def of(cls, job: Job, batch: int, length: int) -> Bench:
-        """Everything that a step needs, on the job's device."""
-        weights = random_weights(job.config, job.dtype, device=job.device)
-        bank = AdapterBank.create(job.config, job.methods, range(len(job.methods)), weights)
-        pack = job.plain_pack(batch, length).to(job.device)
-        return cls(Decoder(job.config, weights), bank, AdamW.create(bank), pack)
-
-    def step(self, ledger: Ledger) -> None:
-        """One training step at rate 0."""
-        run_step(self.decoder, self.bank, self.optimizer, [self.pack], ledger)
-        ledger.end_step()
 
 
 def profile(job: Job, batch: int, length: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Run `steps` timed steps and a few watched ones; writes trace.json and memory.html into the folder.
+    """Run `steps` timed steps and a few watched ones; writes trace.json, tensorboard/ and memory.html into the folder.
 
     The first step is counted, the next three are warm-up. Seconds of operators are from one further step, and
     so is the trace; `share_of_matmul` and `share_of_copy` are of the measured ceilings of this machine.
@@ -58,13 +32,15 @@ def profile(job: Job, batch: int, length: int, steps: int, folder: Path) -> dict
     ledger = Ledger.of(bench.decoder, bench.bank)
     for _ in range(4):
         bench.step(ledger)
-    before = joules(device)
-    for _ in range(steps):
-        bench.step(ledger)
-    times = summary(ledger)
-    after = joules(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_trace(bench, folder / "trace.json")
+    with energy_metered(energy_counter(device)) as energy:
+        ledger.energy = energy
+        before = energy.total() if energy else 0.0
+        for _ in range(steps):
+            bench.step(ledger)
+        times = summary(ledger)
+        used = _energy(energy, before, steps)
+    ledger.energy = None
+    traces = _write_traces(bench, folder)
     log = follow_step(bench.decoder, bench.bank, bench.optimizer, [bench.pack], probe=True)
     title = f"{job.methods[0].name}, batch {batch} x {length}"
     write_memory_page(log, folder / "memory.html", title)
@@ -73,20 +49,35 @@ def profile(job: Job, batch: int, length: int, steps: int, folder: Path) -> dict
         **times,
         "ceilings": limits,
         "operators": _operators(bench, limits, job.dtype),
-        "energy_joules_a_step": None if before is None or after is None else (after - before) / steps,
+        "energy": used,
+        "accounting": accounting_cost(bench, steps),
         "memory": {**times["memory"], "followed_peak_bytes": log.peak_bytes},
-        "files": [str(folder / name) for name in ("trace.json", "memory.html")],
+        "files": [str(path) for path in (*traces, folder / "memory.html")],
     }
 
 
-def _write_trace(bench: Bench, path: Path) -> None:
-    """A Chrome trace of one step, which Perfetto and TensorBoard open."""
+def _energy(meter: EnergyMeter | None, before: float, steps: int) -> dict[str, Any] | None:
+    """Joules a step, of all and by phase as finely as the counter tells; None where there is no counter."""
+    if meter is None:
+        return None
+    total = (meter.total() - before) / steps
+    phases = {phase: joules / steps for phase, joules in meter.joules.items()}
+    return None if meter.lost else {**meter.source(), "joules_a_step": total, "phases": phases}
+
+
+def _write_traces(bench: Bench, folder: Path) -> list[Path]:
+    """A trace of one step: trace.json for Chrome and Perfetto, and the same under the name that TensorBoard's profiler
+    (torch-tb-profiler) looks for."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if bench.decoder.device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds, record_shapes=True) as recorded:
         bench.step(Ledger(bench.decoder.scope, on=False))
-    recorded.export_chrome_trace(str(path))
+    chrome, board = folder / "trace.json", folder / "tensorboard" / "step.pt.trace.json"
+    board.parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(chrome))
+    shutil.copyfile(chrome, board)
+    return [chrome, board]
 
 
 def _operators(bench: Bench, limits: dict[str, Any], dtype: torch.dtype) -> list[dict[str, Any]]:
