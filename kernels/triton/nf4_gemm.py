@@ -2,7 +2,7 @@
 
 Each weight is rounded to the compute dtype as its dequantised form would be, so only the order of sums differs from
 dequantising first. The weight is read once for every tile of rows of x, at a quarter of its bytes: it serves few rows.
-codes: uint8 [out * in / 2]; absmax: fp32 [out * in / 64]; in must be a multiple of 64.
+codes: uint8 [out * in / 2]; absmax: fp32 [out * in / 64]; in must be even.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _forward(
     for k0 in range(0, K, DEPTH):
         k = k0 + tl.arange(0, DEPTH)
         byte = k0 // 2 + tl.arange(0, DEPTH // 2)
-        value = tl.load(x + rows.to(tl.int64)[:, None] * x_stride + k[None, :], mask=here[:, None], other=0.0)
+        at = x + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
+        value = tl.load(at, mask=here[:, None] & (k < K)[None, :], other=0.0)
         inside = there[:, None] & (byte < K // 2)[None, :]
         w = _weights(codes, absmax, book, columns, inside, byte, K // 2, COLUMNS, DEPTH).to(value.dtype)
         total = tl.dot(value, w.T, total, input_precision=PRECISION)

@@ -59,7 +59,7 @@ def test_nf4_dequantise_gives_the_same_bits(rows: int, columns: int, dtype: torc
     assert torch.equal(load("nf4_dequantise")(*arguments), nf4.reference_dequantise(*arguments))
 
 
-@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 64, 1), (19, 192, 130)])
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 64, 1), (19, 96, 130)])
 def test_products_that_dequantise_on_the_way(
     rows: int, columns: int, out: int, dtype: torch.dtype, device: Any
 ) -> None:
