@@ -11,7 +11,17 @@ from torch import Tensor
 
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.engine.pack import Sequence, build_pack
-from peftdyno.kernels import rotary
+from peftdyno.kernels import (  # each import registers an operator
+    adamw,  # noqa: F401
+    attention,  # noqa: F401
+    bank_affine,  # noqa: F401
+    glu,  # noqa: F401
+    label_loss,  # noqa: F401
+    linear,  # noqa: F401
+    lora_linear,  # noqa: F401
+    rms_norm,  # noqa: F401
+    rotary,
+)
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.random import stream_key
 
