@@ -89,12 +89,12 @@ class Chosen:
 
 
 def enough(peak: int) -> int:
-    """The smallest limit that a predicted peak is within, for certain."""
+    """The smallest limit that a measured peak keeps to as well."""
     return math.ceil(peak * (1 + ERROR))
 
 
 def within(limit: int, peak: int) -> bool:
-    """Whether a predicted peak stays below a limit for certain."""
+    """Whether a measured peak keeps to a limit as well."""
     return enough(peak) <= limit
 
 
