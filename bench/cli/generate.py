@@ -27,7 +27,11 @@ def command(
     quant: o.Quant = None,
     device: o.Device = None,
     kernels: o.Kernels = None,
+    pack_weights: o.PackWeights = "auto",
     threads: o.Threads = None,
+    graphs: Annotated[
+        str, typer.Option("--graphs", help="Replay decoding steps as CUDA graphs: auto, on or off.", metavar="WHEN")
+    ] = "auto",
     json_output: o.Json = False,
 ) -> None:
     """Answer prompts greedily, with the model's chat template; several prompts share one batch."""
@@ -36,6 +40,7 @@ def command(
     from peftdyno.bench.scoring import base_name, load_bank
     from peftdyno.engine.generate import generate
     from peftdyno.engine.pack import Sequence
+    from peftdyno.engine.panels import packed_weights
 
     use_hardware(threads, kernels or "auto")
     name = model or (o.DEFAULT_MODEL if adapter is None else base_name(adapter))
@@ -44,7 +49,9 @@ def command(
     tokenizer = base.tokenizer
     tokens = [tuple(tokenizer.prompt_ids(tokenizer.chat(prompt, system))) for prompt in prompts]
     sequences = [Sequence(tokens=ids, num_prompt=len(ids)) for ids in tokens]
-    made = generate(base.decoder, bank, sequences, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
+    with packed_weights(base.decoder, o.pack_weights(pack_weights)):
+        options = {"max_new_tokens": max_new_tokens, "eos_ids": tokenizer.eos_ids}
+    made = generate(base.decoder, bank, sequences, graphs=graphs, **options)
     answers = [tokenizer.decode(ids) for ids in made]
     if json_output:
         rows = zip(prompts, answers, tokens, made, strict=True)

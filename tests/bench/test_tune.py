@@ -65,3 +65,10 @@ def test_what_it_finds_is_kept_and_shown(shell: Any, tmp_path: Path, monkeypatch
     assert json.loads(shell("tune", "--only", "add", "--json").out).keys() == {"lora_add", "file"}
     wrong = shell("tune", "--only", "nothing")
     assert wrong.status == 2 and "--only nothing" in wrong.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("choice", "message"), [("on", "not on a CUDA device"), ("always", "--graphs")])
+def test_graphs_that_cannot_be_are_one_line(shell: Any, tiny_model: Path, choice: str, message: str) -> None:
+    result = shell("generate", "--model", str(tiny_model), "--graphs", choice, "Name a river.")
+    assert result.status == 2 and result.err.count("\n") == 1 and message in result.err
