@@ -15,7 +15,7 @@ JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --quiet --disable-pip-version-check
+PIP := $(BIN)/pip --quiet --quiet --disable-pip-version-check
 READY := $(VENV)/ready
 TYPING := build/typing/peftdyno
 TRITON_AT := $(if $(TRITON),build/triton-$(TRITON))
@@ -92,7 +92,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "peftdyno needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); else \
-	  $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --quiet --python $@ install pip; fi
+	  $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --quiet --quiet --python $@ install pip; fi
 
 # mypy cannot follow the mapping of folders to import names; it reads this mirror of links instead.
 $(TYPING):

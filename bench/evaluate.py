@@ -19,6 +19,7 @@ from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.generate import generate
 from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.panels import PackWeights, packed_weights
 from peftdyno.engine.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -44,12 +45,14 @@ def evaluate(
     *,
     batch: int,
     max_length: int,
+    pack_weights: PackWeights = "off",
     progress: Progress | None = None,
 ) -> list[Evaluation]:
     """Score each run of the bank on the rows by greedy generation; `files` are the runs' predictions.jsonl.
 
     `batch` rows of each run are computed at a time. What the files hold already is kept; a line that was cut short is
-    written again. UserError where a file holds other rows' predictions.
+    written again. `pack_weights` says whether decoding keeps the weights a second time (engine/panels.py). UserError
+    where a file holds other rows' predictions.
     """
     assert len(files) == bank.num_runs, (files, bank.num_runs)
     found = [_finished_lines(path, task, rows) for path in files]
@@ -58,16 +61,17 @@ def evaluate(
         _cut_back(path, lines[:done])
     predictions = [[line["prediction"] for line in lines[:done]] for lines in found]
     num_cut = sum(test_prompt(task, row, tokenizer, max_length).cut > 0 for row in rows[:done])
-    for start in range(done, len(rows), batch):
-        some = rows[start : start + batch]
-        prompts = [test_prompt(task, row, tokenizer, max_length) for row in some]
-        num_cut += sum(prompt.cut > 0 for prompt in prompts)
-        answers = _answer(decoder, bank, tokenizer, task, [prompt.tokens for prompt in prompts])
-        for path, texts, kept in zip(files, answers, predictions, strict=True):
-            _append(path, start, texts, [task.answers(row) for row in some])
-            kept += texts
-        if progress is not None:
-            progress(start + len(some), len(rows))
+    with packed_weights(decoder, pack_weights):
+        for start in range(done, len(rows), batch):
+            some = rows[start : start + batch]
+            prompts = [test_prompt(task, row, tokenizer, max_length) for row in some]
+            num_cut += sum(prompt.cut > 0 for prompt in prompts)
+            answers = _answer(decoder, bank, tokenizer, task, [prompt.tokens for prompt in prompts])
+            for path, texts, kept in zip(files, answers, predictions, strict=True):
+                _append(path, start, texts, [task.answers(row) for row in some])
+                kept += texts
+            if progress is not None:
+                progress(start + len(some), len(rows))
     return [Evaluation(plain_scores(score_both(task, texts, rows)), num_cut, texts) for texts in predictions]
 
 

@@ -275,6 +275,7 @@ def _score(
             files,
             batch=settings.rows_at_a_time(),
             max_length=settings.max_length,
+            pack_weights=settings.pack_weights,
             progress=tell,
         )
 

@@ -25,6 +25,7 @@ from peftdyno.engine.atomic import remove_partials, write_json
 from peftdyno.engine.builtin_configs import find_builtin
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.model_cache import sha256_of
+from peftdyno.engine.panels import PackWeights
 
 RECORD = "eval.json"
 SCHEMA_VERSION = 1
@@ -40,6 +41,7 @@ class Scoring:
     adapters: tuple[Path, ...]
     batch: int
     max_length: int
+    pack_weights: PackWeights = "auto"
 
     def key(self, base: BaseModel) -> str:
         """Hash of all that the scores follow from."""
@@ -91,6 +93,7 @@ def score(scoring: Scoring, base: BaseModel, out: Path, progress: Progress) -> d
             files,
             batch=scoring.batch,
             max_length=scoring.max_length,
+            pack_weights=scoring.pack_weights,
             progress=tell,
         )
         if memory.meter is not None:
@@ -122,7 +125,11 @@ def _about(scoring: Scoring, base: BaseModel, key: str) -> dict[str, Any]:
         "model": base.describe(),
         "task": {"name": task.name, "metric": task.metric, "category": task.category},
         "data": {**scoring.test.source.as_dict(), "rows_used": len(scoring.test.rows)},
-        "settings": {"batch": scoring.batch, "max_length": scoring.max_length},
+        "settings": {
+            "batch": scoring.batch,
+            "max_length": scoring.max_length,
+            "pack_weights": scoring.pack_weights,
+        },
     }
 
 

@@ -67,6 +67,9 @@ class JobSettings(BaseModel):
     evaluation_batch: int | None = Field(None, ge=1)
     """Test rows of each run scored at a time; eight times the batch, at most 32, where absent, so that scoring needs
     less memory than training."""
+    pack_weights: Literal["auto", "on", "off"] = "off"
+    """Whether the weights are kept a second time while scoring, for faster decoding on CPUs with AMX; scoring may then
+    need more memory than training."""
     evaluate: bool = True
     """Whether the tuned and the untuned model are scored."""
     dtype: Literal["bf16", "fp32"] = "bf16"

@@ -27,6 +27,7 @@ from peftdyno.kernels.attention import AttentionShape, rotary_attention, rotated
 from peftdyno.kernels.glu import glu
 from peftdyno.kernels.head_norm import head_norm
 from peftdyno.kernels.label_loss import label_loss
+from peftdyno.kernels.linear import linear
 from peftdyno.kernels.nf4 import Weight
 from peftdyno.kernels.rms_norm import rms_norm
 from peftdyno.kernels.rotary import angles
@@ -88,7 +89,7 @@ class Decoder:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of normed hidden states by the frozen head, soft-capped where the family does."""
-        return self.softcap(torch.nn.functional.linear(hidden, self.weights.head))
+        return self.softcap(linear(hidden, self.weights.head))
 
     def softcap(self, logits: Tensor) -> Tensor:
         """c tanh(logits / c) where the family caps its logits."""

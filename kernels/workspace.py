@@ -36,9 +36,32 @@ def label_loss_rows() -> int:
     return rows
 
 
-def _label_loss(x: Tensor, head: Tensor, *_: Any) -> Workspace:
-    logits = min(x.shape[0], label_loss_rows()) * head.shape[0] * x.element_size()
-    return Workspace(during_products=logits, otherwise=logits)
+def own_product(left: Tensor, columns: int, *, transposed: bool, rank: int = 0) -> int | None:
+    """Bytes that a large product of the compiled kernels holds; None where the matrix library multiplies.
+
+    left: [rows, depth]; `transposed` says that the right factor is [columns, depth], `rank` is the largest of the
+    low-rank terms that join. Of weights that are not kept as panels, as in training.
+    """
+    shape = left.shape[0], left.shape[1], columns, rank, left.dtype == torch.bfloat16, transposed
+    held: int = torch.ops.peftdyno_cpu.product_workspace(*shape, False)
+    return None if held < 0 else held
+
+
+def _linear(x: Tensor, weight: Tensor, *_: Any) -> Workspace:
+    return Workspace(otherwise=own_product(x, weight.shape[0], transposed=True) or 0)
+
+
+def _linear_backward(dy: Tensor, weight: Tensor) -> Workspace:
+    return Workspace(otherwise=own_product(dy, weight.shape[1], transposed=False) or 0)
+
+
+def _label_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float, need_gradient: bool) -> Workspace:
+    rows = min(x.shape[0], label_loss_rows())
+    logits = x.new_empty(rows, head.shape[0], device="meta")
+    held = logits.numel() * x.element_size()
+    forward = own_product(x[:rows], head.shape[0], transposed=True)
+    backward = own_product(logits, x.shape[1], transposed=False) if need_gradient else None
+    return Workspace(during_products=held, otherwise=held + max(forward or 0, backward or 0))
 
 
 def _attention(q: Tensor, k: Tensor, segments: Tensor, chain: Tensor, window: int, backward: bool) -> Workspace:
@@ -55,23 +78,22 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: An
 
 
 def _lora(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any) -> Workspace:
-    _, rows, runs, _, _, _, x_spare, border, spare = rest
-    shape = x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16, min(x_spare, border)
-    during, otherwise = torch.ops.peftdyno_cpu.lora_workspace(*shape)
-    bordered = during > 0  # then y is the last that is made
-    y_bytes = x.shape[0] * (weight.shape[0] + spare) * x.element_size()
-    return Workspace(during, otherwise - y_bytes * bordered)
+    _, rows, runs, *_ = rest
+    ranks, bf16 = _ranks(a), x.dtype == torch.bfloat16
+    during, otherwise = torch.ops.peftdyno_cpu.lora_workspace(x.shape[1], ranks, rows, runs, bf16)
+    own = own_product(x, weight.shape[0], transposed=True, rank=max(ranks))
+    return Workspace(otherwise=otherwise if own is None else max(otherwise, during + own))
 
 
 def _lora_backward(
     dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
 ) -> Workspace:
-    _, rows, runs, dropout, _, _, border, need_x = rest
-    terms = x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16, dropout > 0
-    room = dy.stride(0) - dy.shape[1]
-    during, otherwise = torch.ops.peftdyno_cpu.lora_backward_workspace(*terms, border, dy.shape[1], room, need_x)
+    _, rows, runs, *_, need_x = rest
+    terms = x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16, need_x
+    during, otherwise = torch.ops.peftdyno_cpu.lora_backward_workspace(*terms)
+    own = own_product(dy, weight.shape[1], transposed=False) if need_x else None
     factors = row_bytes(*a, *b)  # their gradients are the last that is made
-    return Workspace(during - factors, max(otherwise - factors, during))
+    return Workspace(during - factors, max(otherwise - factors, during, during + (own or 0) - factors))
 
 
 def _ranks(a: Sequence[Tensor]) -> list[int]:
@@ -97,6 +119,8 @@ def _column_sums(dy: Tensor, before: Any, column: int, width: int, run_offsets: 
 
 _FORMULAS: dict[str, Callable[..., Workspace]] = (
     {
+        "linear": _linear,
+        "linear_backward": _linear_backward,
         "label_loss": _label_loss,
         "attention": _attention_forward,
         "attention_backward": _attention_backward,

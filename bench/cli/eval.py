@@ -33,6 +33,7 @@ def command(
     quant: o.Quant = None,
     device: o.Device = None,
     kernels: o.Kernels = None,
+    pack_weights: o.PackWeights = "auto",
     threads: o.Threads = None,
     tasks_file: o.TasksFile = None,
     json_output: o.Json = False,
@@ -52,7 +53,8 @@ def command(
     found = find_task(task, tasks_file)
     adapters = tuple(adapter or ())
     rows = load_test(found, data, limit_test or None)
-    scoring = Scoring(task=found, test=rows, adapters=adapters, batch=batch, max_length=max_length)
+    packed = o.pack_weights(pack_weights)
+    scoring = Scoring(task=found, test=rows, adapters=adapters, batch=batch, max_length=max_length, pack_weights=packed)
     use_hardware(threads, kernels or "auto")
     name = model or (base_name(adapters[0]) if adapters else o.DEFAULT_MODEL)
     base = load_base(name, o.dtype(dtype), device or "auto", quant)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,6 +63,14 @@ Device = Annotated[str | None, typer.Option("--device", help="auto (the default)
 Kernels = Annotated[
     str | None, typer.Option("--kernels", help="auto (the default), reference, cpu or triton; never falls back.")
 ]
+PackWeights = Annotated[
+    str,
+    typer.Option(
+        "--pack-weights",
+        help="Weights a second time for faster decoding on CPUs with AMX: auto (where memory is free), on, off.",
+        metavar="WHEN",
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", min=1)]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Train only; neither model is scored.")]
 
@@ -77,6 +85,15 @@ def seeds(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UserError(f"--seed {text}: give whole numbers with commas, e.g. 42,123") from None
+
+
+def pack_weights(name: str) -> Any:
+    """The choice; UserError for another word."""
+    from peftdyno.engine.errors import unknown
+
+    if name not in ("auto", "on", "off"):
+        raise unknown("--pack-weights", name, ("auto", "on", "off"))
+    return name
 
 
 def dtype(name: str | None) -> str:

@@ -11,6 +11,7 @@ from peftdyno.bench.compare.turns import timed
 from peftdyno.engine.adapters.peft_format import bank_from_adapters
 from peftdyno.engine.generate import generate
 from peftdyno.engine.pack import Sequence
+from peftdyno.engine.panels import packed_weights
 
 
 @dataclass
@@ -30,15 +31,16 @@ class OurGeneration:
         self.bank = bank_from_adapters([Path(self.adapter)], self.decoder.config, self.decoder.weights, family)
 
     def measure(self) -> dict[str, float]:
-        """Seconds for all prompts."""
+        """Seconds for all prompts, packing the weights included."""
         return timed(lambda: self._count(self.tokens(self.max_new_tokens)))
 
     def tokens(self, max_new_tokens: int) -> list[list[int]]:
         """New tokens of every prompt, the end token left out."""
         found = []
-        for start in range(0, len(self.prompts), self.batch):
-            some = [Sequence(tokens=tuple(p), num_prompt=len(p)) for p in self.prompts[start : start + self.batch]]
-            found += generate(self.decoder, self.bank, some, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids)
+        with packed_weights(self.decoder):
+            for start in range(0, len(self.prompts), self.batch):
+                some = [Sequence(tokens=tuple(p), num_prompt=len(p)) for p in self.prompts[start : start + self.batch]]
+                found += generate(self.decoder, self.bank, some, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids)
         return found
 
     def _count(self, tokens: list[list[int]]) -> int:

@@ -44,11 +44,17 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
         " -> (Tensor, Tensor, Tensor)");
   m.def("attention_workspace(Tensor segments, Tensor chain, int heads, int key_heads, int width, int window, bool bf16,"
         " bool backward) -> int");
-  m.def("lora_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16, int room) -> (int, int)",
+  m.def("product_workspace(int rows, int depth, int columns, int rank, bool bf16, bool transposed,"
+        " bool packed) -> int",
+        &peftdyno::product_workspace);
+  m.def("lora_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16) -> (int, int)",
         &peftdyno::lora_workspace);
-  m.def("lora_backward_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16, bool dropped,"
-        " int border, int dy_width, int dy_room, bool need_x) -> (int, int)",
+  m.def("lora_backward_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16, bool need_x)"
+        " -> (int, int)",
         &peftdyno::lora_backward_workspace);
+  m.def("keep_packed(Tensor weight) -> int", &peftdyno::keep_packed);
+  m.def("forget_packed(Tensor weight) -> ()", &peftdyno::forget_packed);
+  m.def("packed_bytes(int[] shape, bool bf16) -> int", &peftdyno::packed_bytes);
   m.def("label_loss_chunk() -> int", &peftdyno::label_loss_chunk);
   m.def("isa() -> str", &peftdyno::isa);
   m.def("use_isa(str name) -> ()", [](c10::string_view name) { peftdyno::use_isa(std::string(name).c_str()); });

@@ -114,6 +114,8 @@ struct LabelLoss {
 };
 
 struct Lora;
+struct Product;
+struct ProductShare;
 struct LoraTerm;
 struct LoraSums;
 struct Attention;
@@ -133,9 +135,10 @@ struct Kernels {
   void (*adamw)(const AdamW&, int64_t begin, int64_t end);
   void (*label_loss)(const LabelLoss&, int64_t begin, int64_t end);
   int64_t (*operand_bytes)(bool bf16);  // of one element of an operand of the block products
+  void (*product)(const Product&, const ProductShare&, const int64_t* run_offsets, int64_t num_runs,
+                  void* scratch);  // null where the library's products are faster
+  void (*pack_product)(const Product&, int64_t begin, int64_t end, void* to);
   void (*lora_pack)(const Lora&, const LoraTerm&, void* scratch);
-  void (*lora_border)(const Lora&, int64_t begin, int64_t end);
-  void (*lora_below)(const Lora&, int64_t begin, int64_t end);
   void (*lora_forward)(const Lora&, int64_t begin, int64_t end, void* scratch);
   void (*lora_backward)(const Lora&, int64_t begin, int64_t end, float* gradients, void* scratch);
   void (*lora_finish)(const Lora&, const LoraSums&, const LoraTerm&, float* da, float* db);

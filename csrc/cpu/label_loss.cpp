@@ -1,8 +1,6 @@
 // Operator of kernels/label_loss.py: the logits of one chunk of rows exist at a time.
-#include <ATen/ops/mm.h>
-
 #include "operators.h"
-#include "tensors.h"
+#include "product.h"
 
 namespace peftdyno {
 namespace {
@@ -28,17 +26,16 @@ std::tuple<Tensor, Tensor> label_loss(const Tensor& x_any, const Tensor& head, c
   Tensor loss = empty_float({n}, x);
   Tensor gradient = need_gradient ? at::empty({n, x.size(1)}, x.options()) : at::empty({0}, x.options());
   Tensor buffer = at::empty({std::min(n, CHUNK_ROWS), vocabulary}, x.options());
-  const Tensor columns = head.t();
   for (int64_t start = 0; start < n; start += CHUNK_ROWS) {
     const int64_t rows = std::min(CHUNK_ROWS, n - start);
     Tensor logits = buffer.narrow(0, 0, rows);
-    at::mm_out(logits, x.narrow(0, start, rows), columns);
+    product(x.narrow(0, start, rows), head, logits, {.transposed = true});
     LabelLoss task{is_bf16(x), need_gradient, vocabulary, rows_of(logits), targets.data_ptr<int64_t>() + start,
                    loss.data_ptr<float>() + start, static_cast<float>(softcap)};
     for_rows(rows, vocabulary, [&](int64_t begin, int64_t end) { kernels().label_loss(task, begin, end); });
     if (need_gradient) {
       Tensor target = gradient.narrow(0, start, rows);
-      at::mm_out(target, logits, head);
+      product(logits, head, target, {});
     }
   }
   return {loss, gradient};

@@ -14,18 +14,16 @@ namespace peftdyno {
 // Packed forms of the factors.
 enum Operand { DOWN = 1, DOWN_ROWS = 2, UP = 4, UP_TRANSPOSED = 8 };
 
-// Below this many rows, writing s B beside W costs more than adding u B^T to y (docs/decisions/lora-products.md).
-constexpr int64_t ROWS_WORTH_A_BORDER = 256;
-
 // Sizes of a call: all that follows from shapes.
 struct LoraShape {
   Lora lora{};
   std::vector<LoraTerm> terms;
   std::vector<LoraTask> tasks;
-  int64_t tokens = 0, used_border = 0, u_width = 0, gradient_size = 0, largest_rank = 0;
+  std::vector<int64_t> run_offsets;
+  int64_t tokens = 0, u_width = 0, gradient_size = 0, largest_rank = 0;
 
-  LoraShape(bool bf16, int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets)
-      : tokens(run_offsets.back()) {
+  LoraShape(bool bf16, int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef offsets)
+      : run_offsets(offsets.vec()), tokens(offsets.back()) {
     lora.bf16 = bf16;
     lora.width = width;
     lora.keep_scale = 1.0f;
@@ -36,7 +34,7 @@ struct LoraShape {
       largest_rank = std::max(largest_rank, padded_to(ranks[m], 32));
       u_width += ranks[m];
     }
-    add_tasks(run_offsets);
+    add_tasks();
   }
 
   void add_term(int64_t rank, int64_t out_column, int64_t out_width) {
@@ -46,24 +44,19 @@ struct LoraShape {
     term.out_column = out_column;
     term.out_width = out_width;
     term.u_column = u_width;
-    term.border_column = used_border;
     term.gradient = gradient_size;
     gradient_size += padded_to(rank, 16) * (padded_to(lora.width, 32) + padded_to(out_width, 32));
-    used_border += rank;
     terms.push_back(term);
   }
 
   // Blocks of the tokens of each run; smaller ones where there would be too few for the threads.
-  void add_tasks(IntArrayRef run_offsets) {
+  void add_tasks() {
     const int64_t threads = at::get_num_threads(), share = padded_to((tokens + threads - 1) / threads, 32);
     const int64_t rows = std::max<int64_t>(32, std::min(LORA_ROWS, share));
     for (int64_t j = 0; j < lora.num_runs; ++j)
       for (int64_t row = run_offsets[j]; row < run_offsets[j + 1]; row += rows)
         tasks.push_back({j, row, std::min(rows, run_offsets[j + 1] - row)});
   }
-
-  bool worth_a_border(int64_t room) const { return used_border <= room && tokens >= ROWS_WORTH_A_BORDER; }
-  int64_t border_width(int64_t room) const { return std::min(room, padded_to(used_border, 32)); }
 
   int64_t threads() const {
     return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(tasks.size())));

@@ -131,7 +131,6 @@ static void forward_term(const Lora& a, const LoraTerm& term, const LoraTask& ta
     for (int64_t i = 0; i < padded_rows * rank; i += LANES) store(u + i, Vec{});
   down_product<Engine, T>(a, term, task, u, scratch);
   store_columns<T>(u, rank, task, term.rank, a.u, term.u_column);
-  if (a.x_border.data != nullptr) store_columns<T>(u, rank, task, term.rank, a.x_border, term.border_column);
   if (a.y.data == nullptr) return;
   E* left = scratch.take<E>(padded_rows * rank);
   float* c = scratch.take<float>(PUT_ROWS * LORA_STRIP);
@@ -143,14 +142,7 @@ static void forward_term(const Lora& a, const LoraTerm& term, const LoraTask& ta
 }
 
 template <class T>
-static void clear_columns(const LoraTask& task, int64_t width, const Rows& target) {
-  for (int64_t r = 0; r < task.rows; ++r)
-    for (int64_t i = 0; i < width; i += LANES) store_upto(row_of<T>(target, task.row + r) + i, Vec{}, width - i);
-}
-
-template <class T>
 static void forward_task(const Lora& a, const LoraTask& task, Scratch scratch) {
-  if (a.x_border.data != nullptr) clear_columns<T>(task, a.border_width, a.x_border);
   for (int64_t m = 0; m < a.num_modules; ++m)
     forward_term<typename EngineOf<T>::type, T>(a, a.terms[m * a.num_runs + task.run], task, scratch);
 }
@@ -213,7 +205,6 @@ static void backward_term(const Lora& a, const LoraTerm& term, const LoraTask& t
   float *du = scratch.take<float>(padded_rows * rank), *da = gradients + term.gradient;
   for (int64_t i = 0; i < padded_rows * rank; i += LANES) store(du + i, Vec{});
   output_gradients<Engine, T>(a, term, task, du, da + padded_to(term.rank, 16) * padded_to(a.width, 32), scratch);
-  if (a.dy_border.data != nullptr) store_columns<T>(du, rank, task, term.rank, a.dy_border, term.border_column);
   uint16_t* masks = a.dropped ? scratch.take<uint16_t>(padded_rows * LORA_STRIP) : nullptr;
   E *left = scratch.take<E>(padded_rows * rank), *transposed = scratch.take<E>(padded_rows * rank);
   E* block = scratch.take<E>(padded_rows * LORA_STRIP);
@@ -226,10 +217,6 @@ static void backward_term(const Lora& a, const LoraTerm& term, const LoraTask& t
 
 template <class T>
 static void backward_task(const Lora& a, const LoraTask& task, float* gradients, Scratch scratch) {
-  if (a.dy_copy.data != nullptr)
-    for (int64_t r = 0; r < task.rows; ++r)
-      __builtin_memcpy(row_of<T>(a.dy_copy, task.row + r), row_of<T>(a.dy, task.row + r), a.dy_width * sizeof(T));
-  if (a.dy_border.data != nullptr) clear_columns<T>(task, a.border_width, a.dy_border);
   for (int64_t m = 0; m < a.num_modules; ++m)
     backward_term<typename EngineOf<T>::type, T>(a, a.terms[m * a.num_runs + task.run], task, m == 0, gradients,
                                                  scratch);
@@ -274,38 +261,6 @@ static void pack_term(const Lora& a, const LoraTerm& term, Scratch scratch) {
     const int64_t width = smaller(LORA_STRIP, out - c);
     pack_factor<Engine>(factor, r, c, width, padded_to(width, 32), 0, r, rank, true, rows,
                         static_cast<E*>(term.up_transposed) + c * rank);
-  }
-}
-
-// Rows begin to end - 1 of the spare columns of W: s B of every module and run, zero elsewhere.
-template <class T>
-static void border_rows(const Lora& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    T* spare = row_of<T>(a.weight_border, row);
-    for (int64_t i = 0; i < a.border_width; i += LANES) store_upto(spare + i, Vec{}, a.border_width - i);
-    for (int64_t t = 0; t < a.num_modules * a.num_runs; ++t) {
-      const LoraTerm& term = a.terms[t];
-      const int64_t o = row - term.out_column;
-      if (o < 0 || o >= term.out_width) continue;
-      const float* b = term.b + o * term.rank;
-      for (int64_t i = 0; i < term.rank; i += LANES)
-        store_upto(spare + term.border_column + i, load_upto(b + i, term.rank - i) * term.up_scale, term.rank - i);
-    }
-  }
-}
-
-// Row i of the spare rows below W: a row of A of one module and run, or zeros.
-template <class T>
-static void border_below(const Lora& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const float* source = nullptr;
-    for (int64_t t = 0; t < a.num_modules * a.num_runs; ++t) {
-      const int64_t r = row - a.terms[t].border_column;
-      if (r >= 0 && r < a.terms[t].rank) source = a.terms[t].a + r * a.width;
-    }
-    T* to = row_of<T>(a.weight_below, row);
-    for (int64_t i = 0; i < a.width; i += LANES)
-      store_upto(to + i, source != nullptr ? load_upto(source + i, a.width - i) : Vec{}, a.width - i);
   }
 }
 
@@ -359,14 +314,6 @@ static void backward_all(const Lora& a, int64_t begin, int64_t end, float* gradi
 static void lora_pack(const Lora& a, const LoraTerm& term, void* scratch) {
   const Scratch room{static_cast<uint8_t*>(scratch)};
   a.bf16 ? pack_term<EngineOf<bfloat16>::type>(a, term, room) : pack_term<EngineOf<float>::type>(a, term, room);
-}
-
-static void lora_border(const Lora& a, int64_t begin, int64_t end) {
-  a.bf16 ? border_rows<bfloat16>(a, begin, end) : border_rows<float>(a, begin, end);
-}
-
-static void lora_below(const Lora& a, int64_t begin, int64_t end) {
-  a.bf16 ? border_below<bfloat16>(a, begin, end) : border_below<float>(a, begin, end);
 }
 
 static void lora_forward(const Lora& a, int64_t begin, int64_t end, void* scratch) {

@@ -14,7 +14,7 @@ constexpr int64_t LORA_STRIP = 128;  // columns of x held at a time; masks are d
 struct LoraTerm {
   int64_t rank, padded_rank;      // padded to 32
   int64_t out_column, out_width;  // its columns of y, which are its rows of W
-  int64_t u_column, border_column;
+  int64_t u_column;
   float up_scale;  // s, the scale of u B^T
   uint64_t key;    // dropout's
   const float *a, *b;  // [r, in], [out_m, r]
@@ -46,15 +46,9 @@ struct Lora {
   const LoraTerm* terms;  // module after module, the runs of one together
   int64_t num_modules, num_runs;
   const LoraTask* tasks;
-  int64_t border_width;
   Rows x, u;
-  Rows x_border, weight_border;  // data null where u and s B do not go beside x and W
   Rows y;                        // y += s u B^T where its data is not null
   Rows dy, dx;                   // dx = mask (du A) where its data is not null
-  int64_t dy_width;
-  Rows dy_copy;    // dy is copied here where its data is not null
-  Rows dy_border;  // du goes here where its data is not null
-  Rows weight_below;  // the rows below W, for A
 };
 
 }  // namespace peftdyno

@@ -8,6 +8,7 @@
 #include "glu_kernel.h"
 #include "label_loss_kernel.h"
 #include "lora_linear_kernel.h"
+#include "product_kernel.h"
 #include "rms_norm_kernel.h"
 #include "rotary_kernel.h"
 
@@ -30,9 +31,14 @@ const Kernels table = {
     adamw,
     label_loss,
     operand_bytes,
+#if defined(__AMX_BF16__)
+    product,
+    pack_product,
+#else
+    nullptr,
+    nullptr,
+#endif
     lora_pack,
-    lora_border,
-    lora_below,
     lora_forward,
     lora_backward,
     lora_finish,

@@ -2,6 +2,7 @@
 #include "attention_inputs.h"
 #include "lora_call.h"
 #include "operators.h"
+#include "product.h"
 
 namespace peftdyno {
 
@@ -18,26 +19,26 @@ int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t
   return keys * element + std::max(transposing, threads * attention_backward_bytes(rows, d) + gradients);
 }
 
+int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool bf16, bool transposed,
+                          bool packed) {
+  return own_product(bf16, rows, depth, transposed, packed) ? product_bytes(rows, depth, columns, rank, packed) : -1;
+}
+
 std::tuple<int64_t, int64_t> lora_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,
-                                            bool bf16, int64_t room) {
+                                            bool bf16) {
   const LoraShape shape(bf16, width, ranks, rows, run_offsets);
-  const bool bordered = shape.worth_a_border(room);
-  const int64_t packed = shape.packed_bytes(bordered ? DOWN : DOWN | UP_TRANSPOSED);
+  const int64_t packed = shape.packed_bytes(DOWN | UP_TRANSPOSED);
   const int64_t packing = shape.packing_threads() * shape.packing_bytes();
-  return {bordered ? packed : 0, packed + std::max(packing, shape.threads() * shape.scratch_bytes())};
+  return {packed, packed + std::max(packing, shape.threads() * shape.scratch_bytes())};
 }
 
 std::tuple<int64_t, int64_t> lora_backward_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows,
-                                                     IntArrayRef run_offsets, bool bf16, bool dropped, int64_t border,
-                                                     int64_t dy_width, int64_t dy_room, bool need_x) {
+                                                     IntArrayRef run_offsets, bool bf16, bool need_x) {
   const LoraShape shape(bf16, width, ranks, rows, run_offsets);
-  const bool bordered = need_x && !dropped && shape.worth_a_border(border);
-  const int64_t wide = dy_width + shape.border_width(border), element = bf16 ? 2 : 4;
-  const int64_t copied = bordered && dy_room < shape.border_width(border) ? shape.tokens * wide * element : 0;
-  const int64_t packed = shape.packed_bytes(need_x && !bordered ? UP | DOWN_ROWS : UP);
+  const int64_t packed = shape.packed_bytes(need_x ? UP | DOWN_ROWS : UP);
   const int64_t sums = shape.threads() * shape.gradient_size * 4;
   const int64_t packing = shape.packing_threads() * shape.packing_bytes();
-  return {copied + packed + sums, copied + packed + std::max(packing, sums + shape.threads() * shape.scratch_bytes())};
+  return {packed + sums, packed + std::max(packing, sums + shape.threads() * shape.scratch_bytes())};
 }
 
 }  // namespace peftdyno

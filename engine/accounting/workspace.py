@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftdyno.engine.accounting.library_scratch import MATMULS, product_scratch
 from peftdyno.kernels import dispatch
 from peftdyno.kernels.library import COSTS, PRIMITIVES
-from peftdyno.kernels.workspace import cpu_workspace, label_loss_rows
+from peftdyno.kernels.workspace import cpu_workspace, label_loss_rows, own_product
 
 
 def workspace(namespace: str, operator: str, arguments: Sequence[Any], device: str, *, probe: bool = False) -> int:
@@ -39,14 +40,19 @@ def _compiled(operator: str, arguments: Sequence[Any], library: int) -> int:
 def _library(operator: str, arguments: Sequence[Any]) -> int:
     """Scratch of the largest library product inside a compiled operator."""
     if operator in ("linear", "lora_linear"):
-        return product_scratch(arguments[0], arguments[1].t())
+        return _scratch(arguments[0], arguments[1].t(), transposed=True)
     if operator == "linear_backward":
-        return product_scratch(arguments[0], arguments[1])
+        return _scratch(arguments[0], arguments[1])
     if operator == "lora_linear_backward":
-        return product_scratch(arguments[0], arguments[3])
+        return _scratch(arguments[0], arguments[3]) if arguments[-1] else 0
     if operator == "label_loss":
         x, head = arguments[0][: label_loss_rows()], arguments[1]
         logits = x.new_empty(x.shape[0], head.shape[0], device="meta")
-        back = product_scratch(logits, head) if arguments[4] else 0
-        return max(product_scratch(x, head.t()), back)
+        back = _scratch(logits, head) if arguments[4] else 0
+        return max(_scratch(x, head.t(), transposed=True), back)
     return 0
+
+
+def _scratch(left: Tensor, right: Tensor, *, transposed: bool = False) -> int:
+    own = own_product(left, right.shape[1], transposed=transposed)
+    return product_scratch(left, right) if own is None else 0

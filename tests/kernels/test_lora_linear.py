@@ -27,8 +27,7 @@ def arguments(rows, dtype, runs, module, border, dropout, tokens=None):
     return x, weight, a, b, (scaling, spans, list(runs), dropout, streams, keys), border
 
 
-RUNS = {"one": [0, 63], "single": [0, 1], "empty": [0, 0, 5, 5, 65], "bordered": [0, 100, 100, 300]}
-"""Rows of the runs; a border is used from 256 rows on."""
+RUNS = {"one": [0, 63], "single": [0, 1], "empty": [0, 0, 5, 5, 65], "many": [0, 100, 100, 300]}
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
@@ -66,3 +65,13 @@ def test_mask_is_the_stream(isa, columns) -> None:
         x, weight, None, a, b, [1.0], [0, 1], [0, n], dropout, streams, keys, 0, 0, 0
     )
     assert torch.equal(u != 0, keep_mask(streams, columns, int(keys), dropout))
+
+
+def test_deep_gradient(check, rows, dtype) -> None:
+    """The low-rank gradient of x and the large product's meet in one tensor, also where tiles take the product."""
+    tokens, out, columns = 400, 2080, 64
+    x, weight = rows(tokens, columns, dtype), rows(out, columns, dtype)
+    a, b = [torch.randn(2, 5, columns) / 10], [torch.randn(2, 100, 5)]
+    terms = [0.5, 1.0], [700, 800], [0, 150, tokens], 0.1, torch.arange(tokens), torch.ones(1, 2, dtype=torch.int64)
+    _, u = check("lora_linear", x, weight, None, a, b, *terms, 0, 0, 0)
+    check("lora_linear_backward", rows(tokens, out, dtype), x, u, weight, a, b, *terms, 0, True)

@@ -5,7 +5,7 @@ import torch
 
 from peftdyno.kernels import cpu, memory
 from peftdyno.kernels.oracle import flat
-from peftdyno.kernels.workspace import cpu_workspace
+from peftdyno.kernels.workspace import cpu_workspace, own_product
 
 pytestmark = pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ kernels are not built")
 
@@ -58,3 +58,14 @@ def test_lora_linear(rows, threads, tokens, border, dropout) -> None:
     held = cpu_workspace("lora_linear_backward", backward)
     peak = max(held.during_products, held.otherwise)
     assert recorded("lora_linear_backward", *backward) == pytest.approx(peak, abs=VIEW)
+
+
+@pytest.mark.parametrize("tokens", [383, 400])
+def test_deep_gradient(rows, threads, tokens) -> None:
+    """A product of ours, where the processor has tiles and there are rows enough; the library states no scratch."""
+    threads(2)
+    dy, weight = rows(tokens, 2080, torch.bfloat16), rows(2080, 72, torch.bfloat16)
+    if own_product(dy, 72, transposed=False) is None:
+        pytest.skip("the library multiplies")
+    held = cpu_workspace("linear_backward", (dy, weight)).otherwise
+    assert recorded("linear_backward", dy, weight) == pytest.approx(held, abs=VIEW)

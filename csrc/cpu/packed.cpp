@@ -1,0 +1,63 @@
+#include "packed.h"
+
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "operators.h"
+#include "product.h"
+
+namespace peftdyno {
+namespace {
+
+// The weight is held, so that its address stays its own.
+struct Kept {
+  Tensor weight, panels;
+  uint32_t version;
+};
+
+struct Registry {
+  std::shared_mutex mutex;
+  std::unordered_map<const void*, Kept> kept;
+};
+
+Registry& registry() {
+  static Registry* one = new Registry;  // outlives every thread
+  return *one;
+}
+
+}  // namespace
+
+const void* packed_panels(const Tensor& weight) {
+  Registry& all = registry();
+  const std::shared_lock lock(all.mutex);
+  const auto found = all.kept.find(weight.data_ptr());
+  if (found == all.kept.end()) return nullptr;
+  const Kept& kept = found->second;
+  const bool same = kept.weight.sizes() == weight.sizes() && kept.weight.strides() == weight.strides() &&
+                    kept.weight._version() == kept.version;
+  return same ? kept.panels.data_ptr() : nullptr;
+}
+
+int64_t packed_bytes(IntArrayRef shape, bool bf16) {
+  const int64_t depth = shape[1], columns = shape[0];
+  return own_product(bf16, 1, depth, true, true) ? 2 * depth * padded_to(columns, PANEL) : 0;
+}
+
+int64_t keep_packed(const Tensor& weight) {
+  Kept kept{weight, pack_whole(weight), weight._version()};
+  if (!kept.panels.defined()) return 0;
+  const int64_t bytes = static_cast<int64_t>(kept.panels.nbytes());
+  Registry& all = registry();
+  const std::unique_lock lock(all.mutex);
+  all.kept.insert_or_assign(weight.data_ptr(), std::move(kept));
+  return bytes;
+}
+
+void forget_packed(const Tensor& weight) {
+  Registry& all = registry();
+  const std::unique_lock lock(all.mutex);
+  all.kept.erase(weight.data_ptr());
+}
+
+}  // namespace peftdyno

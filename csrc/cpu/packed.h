@@ -1,0 +1,11 @@
+// Frozen weights kept a second time as panels, so that a product need not pack them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace peftdyno {
+
+// The panels of W for x W^T, or null where none are kept or the weight has changed since.
+const void* packed_panels(const at::Tensor& weight);
+
+}  // namespace peftdyno

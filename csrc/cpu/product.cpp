@@ -1,0 +1,137 @@
+// How a large product is divided among threads and blocks; the kernel is product_kernel.h.
+#include "product.h"
+
+#include "packed.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
+#include <array>
+
+namespace peftdyno {
+namespace {
+
+constexpr int64_t DEPTH_BLOCK = 768, DEEP_BLOCK = 384;  // of the depth; the second where it is many blocks
+constexpr int64_t LEFT_BYTES = 768 << 10;               // of the left factor that pass by while panels stay in cache
+constexpr int64_t FEW_ROWS = 64;                        // fewer read panels faster than the library reads weights
+constexpr int64_t MANY_ROWS = 384, DEEP = 2048, DEEPEST = 8192;  // the library is slow at dy W of such shapes
+
+struct Blocks {
+  int64_t depth, rows, row_shares, panel_shares;
+
+  Blocks(int64_t num_rows, int64_t full_depth, int64_t panels) {
+    const int64_t wanted = full_depth > 4 * DEPTH_BLOCK ? DEEP_BLOCK : DEPTH_BLOCK;
+    const int64_t parts = (full_depth + wanted - 1) / wanted;
+    depth = padded_to((full_depth + parts - 1) / parts, 32);
+    rows = std::max<int64_t>(PRODUCT_ROWS, LEFT_BYTES / (2 * depth) / PRODUCT_ROWS * PRODUCT_ROWS);
+    const int64_t threads = at::get_num_threads(), blocks = (num_rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+    int64_t best = INT64_MAX;
+    for (int64_t r = 1; r <= std::min(threads, blocks); ++r) {
+      const int64_t p = std::min(threads / r, panels);
+      const int64_t longest = ((blocks + r - 1) / r + 1) * ((panels + p - 1) / p);  // a panel's packing is worth a block
+      if (longest >= best) continue;
+      best = longest;
+      row_shares = r;
+      panel_shares = p;
+    }
+  }
+
+  int64_t shares() const { return row_shares * panel_shares; }
+
+  // Of one share; the pieces are 64 bytes apart.
+  int64_t bytes(int64_t full_depth, int64_t rank, bool packed) const {
+    const int64_t sums = depth < full_depth ? PANELS_AT_ONCE * rows * PANEL : PRODUCT_ROWS * PANEL;
+    return 2 * depth * ((packed ? 0 : PANELS_AT_ONCE * PANEL) + PRODUCT_ROWS) + 4 * sums + 2 * PRODUCT_ROWS * padded_to(rank, 32) + 256;
+  }
+};
+
+void add_panels(int64_t begin, int64_t end, int64_t module, std::vector<Panel>& panels) {
+  for (int64_t column = begin; column < end; column += PANEL)
+    panels.push_back({column, std::min(PANEL, end - column), module});
+}
+
+// Panels in the order of columns, cut where an adapted module begins or ends.
+std::vector<Panel> panels_of(int64_t columns, const LoraCall* lora) {
+  std::vector<std::array<int64_t, 3>> modules;
+  for (int64_t m = 0; lora != nullptr && m < lora->lora.num_modules; ++m) {
+    const LoraTerm& term = lora->terms[m * lora->lora.num_runs];
+    modules.push_back({term.out_column, term.out_column + term.out_width, m});
+  }
+  std::sort(modules.begin(), modules.end());
+  std::vector<Panel> panels;
+  int64_t column = 0;
+  for (const auto& [begin, end, module] : modules) {
+    add_panels(column, begin, -1, panels);
+    add_panels(begin, end, module, panels);
+    column = end;
+  }
+  add_panels(column, columns, -1, panels);
+  return panels;
+}
+
+void by_library(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options) {
+  const Tensor factor = options.transposed ? right.t() : right;
+  options.accumulate ? at::addmm_out(out, out, left, factor) : at::mm_out(out, left, factor);
+  if (options.bias != nullptr) out.add_(*options.bias);
+}
+
+}  // namespace
+
+bool own_product(bool bf16, int64_t rows, int64_t depth, bool transposed, bool packed) {
+  if (!bf16 || kernels().product == nullptr || depth % 32 != 0) return false;
+  if (packed && rows < FEW_ROWS) return true;
+  return !transposed && rows >= MANY_ROWS && depth >= DEEP && depth <= DEEPEST;
+}
+
+int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool packed) {
+  const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
+  return blocks.shares() * padded_to(blocks.bytes(depth, rank, packed), 64);
+}
+
+Tensor pack_whole(const Tensor& weight) {
+  const int64_t depth = weight.size(1), columns = weight.size(0);
+  if (!own_product(is_bf16(weight), 1, depth, true, true) || weight.stride(1) != 1) return {};
+  const std::vector<Panel> panels = panels_of(columns, nullptr);
+  Tensor packed = at::empty({static_cast<int64_t>(panels.size()) * PANEL, depth}, weight.options());
+  Product p{};
+  p.depth = depth;
+  p.right = rows_of(weight);
+  p.transposed = true;
+  p.panels = panels.data();
+  at::parallel_for(0, static_cast<int64_t>(panels.size()), 1, [&](int64_t begin, int64_t end) {
+    kernels().pack_product(p, begin, end, packed.data_ptr());
+  });
+  return packed;
+}
+
+void product(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options) {
+  const int64_t rows = left.size(0), depth = left.size(1), columns = out.size(1);
+  const void* packed = is_bf16(left) && options.transposed ? packed_panels(right) : nullptr;
+  if (!own_product(is_bf16(left), rows, depth, options.transposed, packed != nullptr)) return by_library(left, right, out, options);
+  TORCH_CHECK(left.stride(1) == 1 && right.stride(1) == 1 && out.stride(1) == 1, "rows of a product are contiguous");
+  const std::vector<Panel> panels = panels_of(columns, options.lora);
+  for (const Panel& panel : panels)
+    if (panel.column % PANEL != 0) packed = nullptr;  // modules cut the panels elsewhere
+  const int64_t count = static_cast<int64_t>(panels.size()), rank = options.lora == nullptr ? 0 : options.lora->largest_rank;
+  const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
+  const Product p{rows, depth, rows_of(left), rows_of(right), rows_of(out), options.transposed, options.accumulate,
+                  options.bias == nullptr ? nullptr : options.bias->data_ptr(),
+                  options.lora == nullptr ? nullptr : &options.lora->lora, packed, panels.data(), blocks.depth, blocks.rows};
+  const Tensor scratch =
+      at::empty({blocks.shares(), padded_to(blocks.bytes(depth, rank, packed != nullptr), 64)}, left.options().dtype(at::kByte));
+  const int64_t whole[2] = {0, rows};
+  const int64_t* offsets = options.lora == nullptr ? whole : options.lora->run_offsets.data();
+  const int64_t num_runs = options.lora == nullptr ? 1 : options.lora->lora.num_runs;
+  const int64_t row_blocks = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+  at::parallel_for(0, blocks.shares(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / blocks.panel_shares, c = i % blocks.panel_shares;
+      const ProductShare share{row_blocks * r / blocks.row_shares * PRODUCT_ROWS,
+                               std::min(rows, row_blocks * (r + 1) / blocks.row_shares * PRODUCT_ROWS),
+                               count * c / blocks.panel_shares, count * (c + 1) / blocks.panel_shares};
+      kernels().product(p, share, offsets, num_runs, scratch.data_ptr<uint8_t>() + i * scratch.size(1));
+    }
+  });
+}
+
+}  // namespace peftdyno

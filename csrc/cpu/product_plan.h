@@ -1,0 +1,40 @@
+// A large product as the kernels see it: plain values, no tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace peftdyno {
+
+constexpr int64_t PANEL = 32;           // columns of the result computed together
+constexpr int64_t PRODUCT_ROWS = 32;    // rows of a block
+constexpr int64_t PANELS_AT_ONCE = 12;  // packed before the rows pass by them
+
+struct Lora;
+
+// Some columns of the result, which all lie in one adapted module or in none (-1).
+struct Panel {
+  int64_t column, width, module;
+};
+
+// out [rows, columns] (+)= left [rows, depth] right, the low-rank terms of `lora` within; depth is a multiple of 32.
+struct Product {
+  int64_t rows, depth;
+  Rows left, right, out;
+  bool transposed;      // right is [columns, depth], else [depth, columns]
+  bool accumulate;      // to what is in out
+  const void* bias;     // of the type of out, or null
+  const Lora* lora;     // s u B^T joins where not null
+  const void* packed;   // every panel of the right factor at its whole depth, or null
+  const Panel* panels;
+  int64_t depth_block;  // depth whose panels are packed at a time
+  int64_t chunk_rows;   // rows that pass by the packed panels together
+};
+
+// A thread's part.
+struct ProductShare {
+  int64_t row_begin, row_end, panel_begin, panel_end;
+};
+
+}  // namespace peftdyno

@@ -1,0 +1,49 @@
+"""Decoding on the CPU: the frozen weights kept a second time in the form that products of few rows read fastest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor
+
+from peftdyno.engine.decoder import Decoder
+from peftdyno.kernels.panels import drop_panels, keep_panels, panel_bytes
+
+PackWeights = Literal["auto", "on", "off"]
+AUTO_SHARE = 0.5
+"""Of the free memory that `auto` takes at most."""
+
+
+@contextmanager
+def packed_weights(decoder: Decoder, choice: PackWeights = "auto") -> Iterator[int]:
+    """While it lasts, decoding reads panels of the weights; gives the bytes they take, 0 where there are none.
+
+    `auto` keeps them where they fit into half of the free memory. Results differ by rounding from those without.
+    """
+    weights = [] if choice == "off" else [w for w in _products(decoder) if panel_bytes(w)]
+    if choice == "auto" and sum(map(panel_bytes, weights)) > AUTO_SHARE * _free_bytes():
+        weights = []
+    kept: list[Tensor] = []
+    try:
+        held = 0
+        for weight in weights:
+            held += keep_panels(weight)
+            kept.append(weight)
+        yield held
+    finally:
+        for weight in kept:
+            drop_panels(weight)
+
+
+def _products(decoder: Decoder) -> list[Tensor]:
+    """The frozen factors of the decoder's products that are not in 4 bits."""
+    found = [w for layer in decoder.weights.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return [w for w in (*found, decoder.weights.head) if isinstance(w, Tensor)]
+
+
+def _free_bytes() -> int:
+    """Memory that no process uses."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
