@@ -118,6 +118,10 @@ def _print(found: dict[str, Any]) -> None:
         if energy is None
         else f"energy: {energy['joules_a_step']:.2f} J a step ({energy['source']}: {energy['covers']})"
     )
-    OUT.print(f"accounting: {1e3 * cost['on_seconds']:.2f} ms a step with it, {1e3 * cost['off_seconds']:.2f} without "
-              f"({cost['share']:+.2%}, {cost['steps']} steps each)", highlight=False)  # fmt: skip
+    microseconds = 1e6 * (cost["bookkeeping_seconds"] + cost["recording_seconds"])
+    OUT.print(
+        f"accounting: {microseconds:.0f} microseconds a step, {cost['share']:.2%} of it "
+        f"({cost['allocations']} allocations recorded)",
+        highlight=False,
+    )
     OUT.print("wrote " + ", ".join(found["files"]), highlight=False)

@@ -1,8 +1,7 @@
-"""What accounting itself costs a step: the same steps with it on and off, in turns."""
+"""What accounting itself costs a step: its own work, timed apart from the step, which is far larger than its noise."""
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,58 +13,77 @@ import torch
 from peftdyno.bench.profiling.bench import Bench
 from peftdyno.bench.steps import StepLog
 from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.scope import Phase
+from peftdyno.kernels import memory
 
-TURNS = 4
-"""Blocks of steps with accounting, and as many without."""
+REPEATS = 50
+PHASES: tuple[Phase, ...] = ("data", "forward", "forward", "backward", "backward", "optimizer")
+"""What a step of one pack enters."""
 
 
 def accounting_cost(bench: Bench, steps: int) -> dict[str, Any]:
-    """Seconds of a step `on` and `off`, medians over blocks of `steps` in turns; `share` is the difference over `off`.
-
-    On: clock, meter of live tensors, energy where there is a counter, and a line a step on disk, as in a training;
-    counted steps (the first of a training) are not among them. On the CPU the seconds are those of the processor, so
-    that other programs disturb them less; on a card they are the wall's.
+    """Seconds of the processor a step, the least of several: `step_seconds` without accounting, `bookkeeping_seconds`
+    of clock, meter, energy and the line on disk, and `recording_seconds` that the CPU's allocator takes longer for the
+    step's `allocations`; `share` is both over the step. Counted steps, of which a training has one, are not among them.
     """
-    taken: dict[str, list[float]] = {"on": [], "off": []}
-    for _ in range(TURNS):
-        taken["on"] += _with_accounting(bench, steps)
-        taken["off"] += _without(bench, steps)
-    on, off = (statistics.median(values) for values in taken.values())
-    return {"on_seconds": on, "off_seconds": off, "share": on / off - 1, "steps": len(taken["on"])}
+    off = Ledger(bench.decoder.scope, on=False)
+    step = _least(lambda: bench.step(off), steps)
+    bookkeeping = max(_bookkeeping(bench) - _least(lambda: _phases(off), REPEATS), 0.0)
+    allocations, recording = _recording(bench, off)
+    return {
+        "step_seconds": step,
+        "bookkeeping_seconds": bookkeeping,
+        "allocations": allocations,
+        "recording_seconds": recording,
+        "share": (bookkeeping + recording) / step,
+    }
 
 
-def _with_accounting(bench: Bench, steps: int) -> list[float]:
+def _bookkeeping(bench: Bench) -> float:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger.of(bench.decoder, bench.bank)
         ledger.num_steps = 1  # the step that a training counts is over
         with StepLog(Path(folder), ledger, bench.decoder, bench.bank) as log:
 
-            def step() -> None:
-                bench.step(ledger)
+            def account() -> None:
+                ledger.see(bench.pack)
+                _phases(ledger)
+                ledger.end_step()
                 log.append(ledger.num_steps, ledger.tokens[-1])
 
-            return _timed(step, steps, bench.decoder.device)
+            return _least(account, REPEATS)
 
 
-def _without(bench: Bench, steps: int) -> list[float]:
-    ledger = Ledger(bench.decoder.scope, on=False)
-    return _timed(lambda: bench.step(ledger), steps, bench.decoder.device)
+def _phases(ledger: Ledger) -> None:
+    for phase in PHASES:
+        with ledger.phase(phase):
+            pass
 
 
-def _timed(step: Callable[[], None], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each step; one more before them warms up."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    step()
+def _recording(bench: Bench, off: Ledger) -> tuple[int, float]:
+    """Allocations of a step, and how much longer as many take while they are recorded; 0 on a card, whose allocator
+    keeps its peak anyway."""
+    if bench.decoder.device.type != "cpu" or not memory.available():
+        return 0, 0.0
+    with memory.AllocatorPeak() as recorder:
+        bench.step(off)
+
+    def allocate() -> None:
+        for _ in range(recorder.allocations):
+            torch.empty(64)
+
+    plain = _least(allocate, REPEATS)
+    with memory.AllocatorPeak():
+        recorded = _least(allocate, REPEATS)
+    return recorder.allocations, max(recorded - plain, 0.0)
+
+
+def _least(work: Callable[[], None], repeats: int) -> float:
+    """Processor seconds of the least disturbed of several turns, after one that warms up."""
+    work()
     found = []
-    for _ in range(steps):
-        _wait(device)
-        start = clock()
-        step()
-        _wait(device)
-        found.append(clock() - start)
-    return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
