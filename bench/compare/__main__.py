@@ -26,6 +26,7 @@ SECTIONS: dict[str, Callable[[Sides], list[Row]]] = {
     "step-512": step_sections.long_steps,
     "training": task_sections.training,
     "seeds": task_sections.seeds,
+    "together": task_sections.together,
     "evaluation": task_sections.evaluation,
     "generation": task_sections.generation,
     "memory": step_sections.memory,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, check_steps, check_tokens
@@ -36,12 +36,26 @@ def optim(rate: float) -> dict[str, Any]:
 def open_ours(
     sides: Sides, seeds: Sequence[int], dropout: float, share: str, steps: int, rate: float = RATE, batch: int = BATCH
 ) -> None:
-    """Our training of runs on the classification task."""
+    """Our training of LoRA runs on the classification task."""
+    open_method(sides, "lora", {**LORA, "dropout": dropout}, seeds, share, steps, rate, batch)
+
+
+def open_method(
+    sides: Sides,
+    method: str,
+    options: dict[str, Any],
+    seeds: Sequence[int],
+    share: str,
+    steps: int,
+    rate: float = RATE,
+    batch: int = BATCH,
+) -> None:
+    """Our training of a method's runs on the classification task."""
     sides.ours.open(
         "ours.training",
         model=sides.model,
-        method="lora",
-        options={**LORA, "dropout": dropout},
+        method=method,
+        options=options,
         rows=sides.classification.train,
         seeds=list(seeds),
         batch=batch,
@@ -180,6 +194,41 @@ def seeds(sides: Sides) -> list[Row]:
             note=sides.classification.note,
         )
         for share, checked in (("auto", "off"), ("on", "on"))
+    ]
+
+
+def together(sides: Sides) -> list[Row]:
+    """Five seeds of a method in one bank against our own runs one after another: each round times the next of them."""
+    steps = 1 + sides.plan.steps_or(2)
+    settings = {
+        f"lora, dropout {DROPOUT}, --share-prefix auto": ("lora", {**LORA, "dropout": DROPOUT}, "auto"),
+        f"lora, dropout {DROPOUT}, --share-prefix on": ("lora", {**LORA, "dropout": DROPOUT}, "on"),
+        "ia3, --share-prefix auto, which is on": ("ia3", {}, "auto"),
+    }
+
+    def ours(which: str, seeds: Sequence[int], turns: int) -> dict[str, float]:
+        method, options, share = settings[which]
+        open_method(sides, method, options, seeds, share, 1 + turns * (steps - 1))
+        return sides.ours.call("measure")
+
+    sides.tell(f"  {len(SEEDS)} seeds together and alone: {sides.plan.repeats} rounds of {len(settings)} settings")
+    measures: dict[str, Callable[[int], dict[str, float]]] = {}
+    for which in settings:
+        measures[which] = lambda _, which=which: ours(which, SEEDS, 1)
+        measures[f"alone {which}"] = lambda turn, which=which: ours(which, [SEEDS[turn % len(SEEDS)]], OUR_STEPS)
+    samples = in_turns(measures, sides.plan.repeats, warm_ups=0)
+    per = 3600 / (RUN_STEPS * BATCH)
+    return [
+        Row(
+            workload=f"{len(SEEDS)} seeds together on {sides.classification.name}, batch {BATCH}, {which}",
+            against="the same runs of ours, one after another",
+            unit=f"runs/hour of {RUN_STEPS} steps",
+            ours=tuple(rates(samples[which], per)),
+            reference=tuple(rates(samples[f"alone {which}"], per)),
+            goal=2.0,
+            note=sides.classification.note,
+        )
+        for which in settings
     ]
 
 
