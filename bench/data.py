@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,6 +193,7 @@ def _from_hub(task: Task, split: str) -> tuple[_Numbered, str, str, str]:
         raise UserError(
             f"task '{task.name}' from the hub needs datasets; pip install 'peftdyno[hf]' or give --data DIR"
         ) from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line says it all where there is no network
     location = "/".join(part for part in (task.hub_id, task.subset, split) if part)
     try:
         table = datasets.load_dataset(task.hub_id, task.subset, split=split)
