@@ -55,6 +55,7 @@ def cost_report(job: Job, batch: int, length: int, limits: Limits | None = None)
             "base": parameter_count(job.config),
             "trainable": method.trainable_count(job.config),
             "stored": method.stored_count(job.config),
+            "inference": method.inference_count(job.config),
         },
         "training": {"flops": nested(tally.by("phase", "owner")), "memory": memory_report(memory)},
         "inference": {"base": base, "unmerged": _with_extra(_inference(job, batch, length), base)},

@@ -99,6 +99,7 @@ def make_record(
         parameters=Parameters(
             trainable=trained,
             stored=job.method.stored_count(bank.config),
+            inference=job.method.inference_count(bank.config),
             total=parameter_count(bank.config) + trained,
         ),
         flops=measured.costs.flops,

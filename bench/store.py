@@ -30,10 +30,12 @@ class _Part(BaseModel):
 
 
 class Parameters(_Part):
-    """Numbers of values: trained, in the adapter's file, and of the base model."""
+    """Numbers of values: trained, in the adapter's file, read by inference with the unmerged adapter, and of the base
+    model with what is trained."""
 
     trainable: int
     stored: int
+    inference: int | None = None
     total: int
 
 

@@ -51,6 +51,7 @@ NOTES = {
         "is scaled at its output."
     ),
     "Values stored": "In the adapter file of one run. An encoder is not stored, only what comes out of it.",
+    "Values read by inference": "Beside the base's or instead of them, by one unmerged adapter; none once it is merged.",
 }
 
 
@@ -157,6 +158,7 @@ def page() -> str:
         "Defaults": defaults(),
         "Trainable parameters": counts(lambda method, config: method.trainable_count(config)),
         "Values stored": counts(lambda method, config: method.stored_count(config)),
+        "Values read by inference": counts(lambda method, config: method.inference_count(config)),
     }
     parts = [f"## {name}\n\n{NOTES[name]}\n\n{text}\n" for name, text in sections.items()]
     return "\n".join([INTRO, overview() + "\n", *parts])

@@ -96,7 +96,7 @@ def _print_one(report: dict[str, Any]) -> None:
     OUT.print(f"{report['method']} on {report['model']}, {report['dtype']}: {_setup(report)}", highlight=False)
     OUT.print(
         f"{parameters['trainable']:,} parameters trained ({share:.3%} of {parameters['base']:,}), "
-        f"{parameters['stored']:,} stored",
+        f"{parameters['stored']:,} stored, {parameters['inference']:,} read by inference before merging",
         highlight=False,
     )
     training = [

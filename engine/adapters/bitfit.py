@@ -57,6 +57,9 @@ class BitFit(Method):
         zeros = sum(sum(config.linear_shape(module)) for _, module in self.places(config))
         return self.trainable_count(config) + zeros
 
+    def inference_count(self, config: DecoderConfig) -> int:
+        return self.trainable_count(config)
+
     def linear(self, bank: AdapterBank, layer: int, site: str) -> LinearEdits | None:
         rows = module_rows(bank.config, site)
         shifts = tuple(

@@ -147,6 +147,9 @@ class LoRA(Method):
             shapes[f"{place_name(place)}.bias"] = config.linear_shape(place[1])[:1]
         return shapes
 
+    def stored_count(self, config: DecoderConfig) -> int:
+        return (_doubled(self) if self.init == "pissa" else self).trainable_count(config)
+
     def rate_factor(self, name: str) -> float:
         return self.b_rate_factor if name.endswith(".B") else 1.0
 

@@ -104,6 +104,10 @@ class Method:
         """Values in the adapter file of one run; a method whose encoder is not stored says so here."""
         return self.trainable_count(config)
 
+    def inference_count(self, config: DecoderConfig) -> int:
+        """Values that inference with one unmerged adapter reads beside the base model's or instead of them."""
+        return self.stored_count(config)
+
     def trainable_count(self, config: DecoderConfig) -> int:
         """Trained values of one run."""
         return sum(int(np.prod(shape)) for shape in self.parameters(config).values())

@@ -58,6 +58,10 @@ class SVFT(Method):
         places = self._places(config)
         return {f"layers.{layer}.{module}.m": (min(config.linear_shape(module)),) for layer, module in places}
 
+    def inference_count(self, config: DecoderConfig) -> int:
+        shapes = [config.linear_shape(module) for _, module in self._places(config)]
+        return sum(min(shape) * (sum(shape) + 1) for shape in shapes)
+
     def derive(self, bank: AdapterBank, weights: DecoderWeights) -> None:
         digest = hashlib.sha256()
         for layer, module in self._places(bank.config):

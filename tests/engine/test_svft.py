@@ -99,3 +99,10 @@ def test_a_model_without_weights_has_shapes(model: TinyModel) -> None:
 def test_an_unknown_module_is_named() -> None:
     with pytest.raises(UserError, match="q_proj"):
         SVFT(target_modules=("q_pro",))
+
+
+def test_inference_reads_the_bases(model: TinyModel) -> None:
+    method = SVFT(target_modules=TARGETS)
+    bank = model.bank(method)
+    bases = sum(t.numel() for value in bank.buffers.values() if isinstance(value, tuple) for t in value)
+    assert method.inference_count(model.config) == bases + method.trainable_count(model.config)
