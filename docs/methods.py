@@ -51,7 +51,7 @@ NOTES = {
         "is scaled at its output."
     ),
     "Values stored": "In the adapter file of one run. An encoder is not stored, only what comes out of it.",
-    "Values read by inference": "Beside the base's or instead of them, by one unmerged adapter; none once it is merged.",
+    "Values read by inference": "Beside the base's or instead of them, by one unmerged adapter; none once merged.",
 }
 
 
