@@ -35,6 +35,8 @@ SECTIONS: dict[str, Callable[[Sides], list[Row]]] = {
     "compile": step_sections.compiled,
 }
 """Name -> what is measured, in the order of the table."""
+ASKED_FOR = ("together",)
+"""Sections that run only where they are named: they compare our side with itself."""
 TRAIN_ROWS, TEST_ROWS = 512, 32
 DEFAULT_OUT = Path("build/bench-cpu.json")
 
@@ -81,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(only: str) -> list[str]:
     """Names of sections in the table's order; UserError with the closest names for an unknown one."""
-    wanted = [name.strip() for name in only.split(",") if name.strip()] or list(SECTIONS)
+    wanted = [name.strip() for name in only.split(",") if name.strip()]
+    wanted = wanted or [name for name in SECTIONS if name not in ASKED_FOR]
     for name in wanted:
         if name not in SECTIONS:
             raise unknown("section", name, SECTIONS)
