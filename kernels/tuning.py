@@ -128,9 +128,19 @@ def form(operator: str, shape: Sequence[int], device: torch.device) -> str:
     return (forms.get(shape_class(operator, shape)) if forms else None) or FORMS[operator][0]
 
 
+def takes(operator: str, form: str, widths: Sequence[int], device: torch.device) -> bool:
+    """Whether an operator may be computed in a form at these widths: for some number of tokens it was measured so, or
+    none was measured and it is the default."""
+    if operator in _trial_form:
+        return _trial_form[operator] == form
+    tail = "x" + "x".join(map(str, widths))
+    own = {f for name, f in measured(device).forms.items() if name.split("/")[0] == operator and name.endswith(tail)}
+    return form in (own or FORMS[operator][:1])
+
+
 def measured(device: torch.device) -> Measured:
-    """What was measured on this kind of GPU; nothing in the interpreter."""
-    if device.type != "cuda":
+    """What was measured on this kind of GPU; nothing in the interpreter, nor of a GPU that is not at hand."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return _NOTHING
     return _measured(_cache_file(device, os.environ.get("XDG_CACHE_HOME")))
 

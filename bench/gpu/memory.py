@@ -15,7 +15,6 @@ from peftdyno.engine.accounting.memory_predict import held
 from peftdyno.engine.accounting.predict import Job, run_step
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.accounting.symbolic import SymbolicCounter
-from peftdyno.engine.border import lay_borders
 from peftdyno.engine.optim import AdamW
 from peftdyno.engine.pack import Pack
 
@@ -53,9 +52,8 @@ def measured_peak(sizes: Sizes, setting: Setting, pack: Pack, device: torch.devi
 def predicted_peak(sizes: Sizes, setting: Setting, pack: Pack) -> int:
     """Peak of the same step on a GPU, from shapes alone."""
     scope = Scope()
-    decoder, bank = Job(config=sizes.config(), methods=setting.methods, device="cuda").model(scope)
-    if setting.bordered:
-        lay_borders(decoder.weights, bank)
+    job = Job(config=sizes.config(), methods=setting.methods, device="cuda", bordered=setting.bordered)
+    decoder, bank = job.model(scope)
     optimizer, placed = AdamW.create(bank), pack.to(decoder.device)
     kept = held(decoder, bank, optimizer, [placed])
     tracker = MemoryTracker(scope, "cuda", kept, decoder.config.vocab_size, symbolic=True)

@@ -18,6 +18,7 @@ from peftdyno.engine.accounting.tally import Tally
 from peftdyno.engine.activations import Policy
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import Method
+from peftdyno.engine.border import fit_borders, lay_borders
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.generate import generate
@@ -42,7 +43,8 @@ class Untuned(Method):
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is predicted: a model, the method of each run, the compute dtype, the type of device, the kind of 4-bit
-    weights where the base has them, and what is kept for the backward pass."""
+    weights where the base has them, what is kept for the backward pass, and whether weights have borders: None as in a
+    training on that device."""
 
     config: DecoderConfig
     methods: tuple[Method, ...] = (Untuned(),)
@@ -50,6 +52,7 @@ class Job:
     device: str = "cpu"
     quant: str | None = None
     activations: Policy = "keep"
+    bordered: bool | None = None
 
     @property
     def root(self) -> Root | None:
@@ -62,6 +65,10 @@ class Job:
         if self.quant is not None:
             weights = quantise_weights(weights, self.config, self.quant)
         bank = AdapterBank.create(self.config, self.methods, range(len(self.methods)), weights)
+        if self.bordered is None:
+            fit_borders(weights, bank, torch.device(self.device))
+        elif self.bordered:
+            lay_borders(weights, bank)
         return Decoder(self.config, weights, scope, self.activations), bank
 
     def plain_pack(self, batch: int, length: int, *, num_prompt: int = 1) -> Pack:

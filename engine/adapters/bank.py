@@ -47,7 +47,8 @@ class AdapterBank:
     """What a method computed for this step."""
     step: int = 0
     training: bool = False
-    bordered: bool = False
+    bordered: frozenset[tuple[int, str]] = frozenset()
+    """(layer, site) of the products whose weights have borders."""
 
     @classmethod
     def create(
@@ -178,8 +179,9 @@ class AdapterBank:
         return self.method.head(self, hidden, runs)
 
     def spare(self, layer: int, site: str) -> int:
-        """Spare columns beside the input of a bordered product, 0 where products are not bordered."""
-        return self.method.spare(self, layer, site) if self.bordered else 0
+        """Spare columns beside the input of a bordered product, 0 where a product is not bordered; rows of 2 bytes an
+        element still start at multiples of 16 bytes."""
+        return -(-self.method.spare(self, layer, site) // 8) * 8 if (layer, site) in self.bordered else 0
 
     def norm(self, layer: int, name: str) -> Tensor | None:
         """Weights [R, D] in place of a norm's ([R, d] for `q_norm` and `k_norm`)."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from peftdyno.kernels import dispatch
+
 OPERATORS = {
     "adamw_": "adamw.update",
     "attention": "attention.forward",
@@ -34,6 +36,13 @@ OPERATORS = {
     "scale_rows": "label_loss.scale_rows",
 }
 """Operator -> the module of this folder and its function."""
+
+
+def serves(name: str, device: torch.device) -> bool:
+    """Whether the operator's Triton kernels run on a device; on a GPU that is not at hand, whether they would."""
+    if device.type != "cuda" or name not in OPERATORS or dispatch.current() not in ("auto", "triton"):
+        return False
+    return not torch.cuda.is_available() or available()
 
 
 def interpreted() -> bool:

@@ -126,7 +126,7 @@ def test_bordered_products_have_room_for_every_factor(biased: TinyModel) -> None
     """A PiSSA start doubles the rank that acts."""
     for form, ranks in (("plain", 4), ("pissa", 8)):
         bank = biased.bank(lora(form), (0, 1))
-        bank.bordered = True
+        bank.bordered = frozenset({(1, "qkv"), (1, "o")})
         bank.begin(0, training=True)
         edits = bank.linear(1, "qkv")
         assert edits is not None
