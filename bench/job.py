@@ -37,6 +37,7 @@ from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.adapters.peft_format import save_adapter
 from peftdyno.engine.atomic import remove_partials, write_json
 from peftdyno.engine.batching import steps_per_epoch
+from peftdyno.engine.border import fit_borders
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.optim import OptimConfig
 
@@ -209,6 +210,7 @@ def _train(
     settings, seeds = job.settings, job.settings.seeds
     decoder = dataclasses.replace(base.decoder, activations=settings.activations or "keep")
     bank = AdapterBank.create(decoder.config, [job.method] * len(seeds), seeds, decoder.weights)
+    fit_borders(decoder.weights, bank, decoder.device)
     examples = [
         {s: Examples(job.task, getattr(rows, s), base.tokenizer, settings.max_length) for s in ("train", "validation")}
         for rows in job.rows

@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peftdyno.bench import job as job_module
 from peftdyno.bench.base_model import load_base
 from peftdyno.bench.job import Job, Places, run_job
 from peftdyno.bench.progress import Progress
 from peftdyno.bench.settings import make_settings
 from peftdyno.bench.step_summary import summarise
 from peftdyno.bench.store import read_record
+from peftdyno.engine.border import lay_borders
 from peftdyno.kernels import memory
 
 
@@ -194,3 +196,15 @@ def test_killed_runs_end_with_the_same_bits(shell, tmp_path: Path) -> None:
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     steps = summarise(broken / "steps.jsonl")
     assert steps.tokens >= summarise(whole / "steps.jsonl").tokens
+
+
+def test_borders_change_no_result(base, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The borders that a training on a GPU would have, on the CPU, whose operators do not read them."""
+    settings = {"data": tiny_data, "evaluate": False}
+    plain = finish(base, tmp_path / "plain", **settings)[0]
+    monkeypatch.setattr(job_module, "fit_borders", lambda weights, bank, device: lay_borders(weights, bank))
+    bordered = finish(base, tmp_path / "bordered", **settings)[0]
+    assert base.decoder.weights.layers[0].qkv.stride(0) > base.decoder.weights.layers[0].qkv.shape[1]
+    assert bordered.loss == plain.loss
+    tensors = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("plain", "bordered")]
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
