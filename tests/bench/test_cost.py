@@ -36,7 +36,9 @@ def test_llama_by_its_name_alone(capsys: pytest.CaptureFixture) -> None:
     assert base["matrix_full"] == 7_822_209_187_840
     assert lora["matrix"] - base["matrix"] == 15_032_385_536
     assert found["inference"]["merged"]["forward"]["above_base"] == 0
-    assert found["parameters"] == {"base": 8_030_261_248, "trainable": 14_680_064, "stored": 14_680_064}
+    adapter = 14_680_064
+    counts = {"base": 8_030_261_248, "trainable": adapter, "stored": adapter, "inference": adapter}
+    assert found["parameters"] == counts
     memory = found["training"]["memory"]
     assert memory["predicted_peak_bytes"] == sum(memory["by_category"].values()) > 2 * 8_030_261_248
 
