@@ -67,6 +67,7 @@ class _Plan:
     x_spare: int
     border: int
     spare: int
+    u: Tensor | None = None
 
     def terms(self) -> tuple[list[float], list[int], list[int], float, Tensor | None, Tensor | None]:
         edits = self.edits
@@ -80,8 +81,12 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: _Plan, *parameters: Tensor) -> Tensor:
         edits, runs = plan.edits, list(plan.runs.offsets)
         a, b = _factors(edits, parameters)
-        u = None
-        if a:
+        u = plan.u
+        if u is not None:
+            scaling, rows, *_ = plan.terms()
+            places = (scaling, rows, runs, plan.x_spare, plan.border, plan.spare)
+            y = lora_linear.UP(x, u, dense(weight), bias, b, *places)
+        elif a:
             terms = (a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
             y, u = lora_linear.FORWARD(x, dense(weight), bias, *terms)
         else:
@@ -137,12 +142,13 @@ def adapted_linear(
     x_spare: int = 0,
     border: int = 0,
     spare: int = 0,
+    u: Tensor | None = None,
 ) -> Tensor:
     """Product with a frozen weight and a bank's edits of it; plain where `edits` is None.
 
     `x_spare` says how many columns lie free to the right of each row of x, `border` how many spare columns and
     rows surround the weight in memory (a weight in 4 bits has none), `spare` how many columns to leave free beside the
-    output.
+    output. `u` is what the producer of x has made of it for the low-rank terms, if it has (see `low_rank_input`).
     """
     if edits is None:
         return linear.linear(x, weight, bias, spare=spare)
@@ -152,6 +158,6 @@ def adapted_linear(
         *(scale.values for scale in edits.scales),
         *(shift.values for shift in edits.shifts),
     ]
-    plan = _Plan(edits, runs, x_spare, border if isinstance(weight, Tensor) else 0, spare)
+    plan = _Plan(edits, runs, x_spare, border if isinstance(weight, Tensor) else 0, spare, u)
     y: Tensor = _AdaptedLinear.apply(x, weight, bias, plan, *parameters)  # type: ignore[no-untyped-call]
     return y

@@ -35,12 +35,12 @@ class _Block:
 
 
 def _blocks(
-    a: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], runs: Sequence[int]
+    ranks: Sequence[int], scaling: Sequence[float], rows: Sequence[int], runs: Sequence[int]
 ) -> Iterator[_Block]:
     column = 0
     num_runs = len(runs) - 1
-    for m, factor in enumerate(a):
-        columns = slice(column, column + factor.shape[1])
+    for m, rank in enumerate(ranks):
+        columns = slice(column, column + rank)
         for j in range(num_runs):
             tokens = slice(runs[j], runs[j + 1])
             yield _Block(m, j, tokens, slice(rows[2 * m], rows[2 * m + 1]), columns, scaling[m * num_runs + j])
@@ -73,15 +73,49 @@ def reference_forward(
     spare: int,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch: one product for the base and two skinny ones a module and run."""
-    y = with_spare(x.shape[0], weight.shape[0], spare, x)
-    y.copy_(torch.nn.functional.linear(x, weight, bias))
+    u = reference_down(x, a, run_offsets, dropout, streams, keys)
+    return reference_up(x, u, weight, bias, b, scaling, rows, run_offsets, x_spare, border, spare), u
+
+
+def reference_down(
+    x: Tensor,
+    a: Sequence[Tensor],
+    run_offsets: Sequence[int],
+    dropout: float,
+    streams: Tensor | None,
+    keys: Tensor | None,
+) -> Tensor:
+    """u: a skinny product a module and run."""
     u = x.new_zeros(x.shape[0], sum(factor.shape[1] for factor in a))
-    for block in _blocks(a, scaling, rows, run_offsets):
+    count = len(a)
+    for block in _blocks(
+        [factor.shape[1] for factor in a], [1.0] * (count * len(run_offsets)), [0] * 2 * count, run_offsets
+    ):
         low = _dropped(x, block, dropout, streams, keys) @ a[block.module][block.run].to(x.dtype).t()
         u[block.tokens, block.columns] = low
+    return u
+
+
+def reference_up(
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    run_offsets: Sequence[int],
+    x_spare: int,
+    border: int,
+    spare: int,
+) -> Tensor:
+    """y from x and u: one product for the base and a skinny one a module and run."""
+    y = with_spare(x.shape[0], weight.shape[0], spare, x)
+    y.copy_(torch.nn.functional.linear(x, weight, bias))
+    for block in _blocks([factor.shape[2] for factor in b], scaling, rows, run_offsets):
         up = (block.scale * b[block.module][block.run]).to(x.dtype)
-        y[block.tokens, block.rows] += low @ up.t()
-    return y, u
+        y[block.tokens, block.rows] += u[block.tokens, block.columns] @ up.t()
+    return y
 
 
 def reference_backward(
@@ -103,7 +137,7 @@ def reference_backward(
     """Plain PyTorch: gradients of x (empty unless needed) and, in fp32, of every A and B."""
     dx = dy @ weight if need_x else dy.new_empty(0)
     da, db = [torch.zeros_like(t) for t in a], [torch.zeros_like(t) for t in b]
-    for block in _blocks(a, scaling, rows, run_offsets):
+    for block in _blocks([factor.shape[1] for factor in a], scaling, rows, run_offsets):
         grad = dy[block.tokens, block.rows]
         du = grad @ (block.scale * b[block.module][block.run]).to(dy.dtype)
         dropped = _dropped(x, block, dropout, streams, keys)
@@ -162,6 +196,30 @@ def forward_cost(
     return OwnedCost(base, Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(*a, *b)))
 
 
+def down_cost(x: Tensor, a: Sequence[Tensor], run_offsets: Sequence[int], dropout: float) -> Cost:
+    """2 N r in a module, and dropout 2 an input element; x itself lies in registers where its producer does this."""
+    matrix = pointwise = 0
+    for factor in a:
+        tokens = run_offsets[-1] - run_offsets[0]
+        matrix += 2 * tokens * factor.shape[1] * factor.shape[2]
+        pointwise += 2 * tokens * factor.shape[2] if dropout else 0
+    return Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(*a))
+
+
+def up_cost(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Sequence[Tensor], *rest: Any) -> OwnedCost:
+    """Base 2 N in out; adapter 2 N r out a module and an addition an output."""
+    n, (out, columns) = x.shape[0], weight.shape
+    base = Cost(
+        matrix=2 * n * out * columns,
+        pointwise=0 if bias is None else n * out,
+        bytes=row_bytes(x, weight, bias) + n * out * x.element_size(),
+    )
+    tokens = rest[2][-1] - rest[2][0]
+    matrix = sum(2 * tokens * factor.shape[1] * factor.shape[2] for factor in b)
+    pointwise = sum(tokens * factor.shape[1] for factor in b)
+    return OwnedCost(base, Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(u, *b)))
+
+
 def backward_cost(
     dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
 ) -> OwnedCost:
@@ -188,6 +246,15 @@ FORWARD = primitive(
     **cpu.implementations("lora_linear"),
     **triton.implementations("lora_linear"),
 )
+UP = primitive(
+    "lora_linear_up(Tensor x, Tensor u, Tensor weight, Tensor? bias, Tensor[] b, float[] scaling, int[] rows,"
+    " int[] run_offsets, int x_spare, int border, int spare) -> Tensor",
+    reference=reference_up,
+    shape=lambda x, u, weight, *rest: with_spare(x.shape[0], weight.shape[0], rest[-1], x),
+    cost=up_cost,
+    **triton.implementations("lora_linear_up"),
+)
+"""`lora_linear` where the producer of x has made u; in a bordered product u stands beside x already."""
 BACKWARD = primitive(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor u, Tensor weight, Tensor[] a, Tensor[] b, float[] scaling,"
     " int[] rows, int[] run_offsets, float dropout, Tensor? streams, Tensor? keys, int border, bool need_x)"

@@ -48,6 +48,8 @@ SHIPPED: dict[str, dict[int, Tile]] = {
     "lora_add": dict.fromkeys((80, 90, 100), Tile(64, 128, 8, 2)),
     "lora_gemm": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
     "lora_gemm_backward": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
+    "rms_norm_down": dict.fromkeys((80, 90, 100), Tile(16, 128, 4, 2)),
+    "glu_down": {80: Tile(16, 64, 4, 2), 90: Tile(16, 128, 4, 2), 100: Tile(16, 128, 4, 2)},
     "nf4_linear": dict.fromkeys((80, 90, 100), Tile(16, 64, 4, 3)),
     "nf4_linear_backward": dict.fromkeys((80, 90, 100), Tile(32, 64, 4, 3)),
 }
@@ -56,6 +58,8 @@ SHIPPED: dict[str, dict[int, Tile]] = {
 FORMS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("bordered", "plain", "fused"),
     "lora_linear_backward": ("bordered", "plain", "fused"),
+    "rms_norm_down": ("apart", "together"),
+    "glu_down": ("apart", "together"),
     "nf4_linear": ("dequantise", "fused"),
     "nf4_linear_backward": ("dequantise", "fused"),
 }

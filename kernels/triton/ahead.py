@@ -34,6 +34,7 @@ MODULES = (
     "dropout",
     "low_rank",
     "skinny",
+    "low_rank_input",
     "lora_gemm",
     "nf4",
     "nf4_gemm",

@@ -8,6 +8,7 @@ Fused: one Triton product with the low-rank term in its epilogue (`lora_gemm`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -85,6 +86,45 @@ def forward(
         return lora_gemm.product(x, weight, own, up, bias, spare), u
     y = with_spare(x.shape[0], weight.shape[0], spare, x)
     return _product(x, weight, bias, y).addmm_(own, up.t()), u
+
+
+def up(
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    run_offsets: Sequence[int],
+    x_spare: int,
+    border: int,
+    spare: int,
+) -> Tensor:
+    """y [N, out] from u [N, sum of r]; where x has room beside it, u stands there already, spread over the runs."""
+    modules = modules_of([factor.transpose(1, 2) for factor in b], rows, scaling)
+    y = with_spare(x.shape[0], weight.shape[0], spare, x)
+    if min(x_spare, border) >= modules.spread:
+        whole, factors = _widened(x, border), _widened(weight, border)
+        pack([], b, modules, None, factors[:, weight.shape[1] :])
+        whole[:, x.shape[1] + modules.spread :].zero_()
+        return _product(whole, factors, bias, y)
+    factor = x.new_empty(weight.shape[0], modules.spread)
+    pack([], b, modules, None, factor)
+    return _product(x, weight, bias, y).addmm_(_spread(u, modules, run_offsets), factor.t())
+
+
+def _spread(u: Tensor, modules: Modules, run_offsets: Sequence[int]) -> Tensor:
+    """u with every run's rows in the run's own columns, [N, P]."""
+    if modules.num_runs == 1:
+        return u
+    wide, column = u.new_zeros(u.shape[0], modules.spread), 0
+    for rank in modules.ranks:
+        for run, (start, stop) in enumerate(itertools.pairwise(run_offsets)):
+            first = modules.num_runs * column + run * rank
+            wide[start:stop, first : first + rank] = u[start:stop, column : column + rank]
+        column += rank
+    return wide
 
 
 def _form(operator: str, x: Tensor, weight: Tensor, modules: Modules) -> str:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import linear, nf4, tuning
+from peftdyno.kernels import glu as gated
+from peftdyno.kernels import linear, low_rank_input, nf4, rms_norm, tuning
+from peftdyno.kernels.adapted_linear import LinearEdits, LowRank, TokenRuns, adapted_linear
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import attention, attention_backward, lora_gemm, lora_linear, nf4_gemm, skinny
+from peftdyno.kernels.triton import low_rank_input as low_rank_kernels
 from peftdyno.kernels.triton.low_rank import modules_of
 
 
@@ -111,6 +114,12 @@ def subjects(sizes: TuneSizes, device: torch.device) -> Iterator[Subject]:
         return dx
 
     yield Subject("lora_add", add)
+    a, norm_weight = [draw.factors(1, sizes.rank, product.columns)], x[0].clone()
+    options = a, runs, 0.05, streams, torch.zeros(1, 1, dtype=torch.int64)
+    norm = lambda: low_rank_kernels.norm(x, x, norm_weight, *options, 1e-5, 0.0, sizes.rank)[3]  # noqa: E731
+    yield Subject("rms_norm_down", norm)
+    gate_up = draw.rows(sizes.tokens, 2 * product.columns)
+    yield Subject("glu_down", lambda: low_rank_kernels.glu(gate_up, "silu", *options, sizes.rank)[1])
     if lora_gemm.suitable(x, weight, u, up, dy):
         yield Subject("lora_gemm", lambda: lora_gemm.product(x, weight, u, up))
         yield Subject("lora_gemm_backward", lambda: lora_gemm.product_backward(dy, weight, u, down))
@@ -143,8 +152,57 @@ def form_subjects(sizes: TuneSizes, device: torch.device) -> Iterator[FormSubjec
     """Every operator that has several forms, at each product of the model."""
     for product in sizes.products:
         yield from _lora(product, sizes, Draw(device))
+        yield from _inputs(product, sizes, Draw(device))
         if product.columns % nf4.BLOCK == 0:
             yield from _four_bits(product, sizes, Draw(device))
+
+
+def _inputs(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubject]:
+    """The product with low-rank terms after the norm, or after the activation, that makes its input."""
+    n, spread = sizes.tokens, sizes.rank * len(product.outs) * sizes.runs
+    if sizes.rank * len(product.outs) > low_rank_input.MOST_RANKS or spread % 8:
+        return
+    edits, weight = _edits(product, sizes, draw), draw.rows(product.out + spread, product.columns, spread)
+    weight, norm_weight = weight[: product.out], draw.factors(1, 1, product.columns)[0, 0].to(draw.dtype)
+    runs = TokenRuns(offsets=tuple(n * j // sizes.runs for j in range(sizes.runs + 1)))
+    rows, gate_up = draw.rows(n, product.columns), draw.rows(n, 2 * product.columns)
+
+    def call(operator: str) -> Tensor:
+        down, u = low_rank_input.down_of(operator, rows, product.columns, spread, lambda: edits, runs), None
+        if operator == "glu_down":
+            if down is None:
+                y = gated.glu(gate_up, "silu", spare=spread)
+            else:
+                y, u = low_rank_input.glu_down(gate_up, "silu", down, spare=spread)
+        elif down is None:
+            y, _ = rms_norm.rms_norm(rows, norm_weight, eps=1e-5, spare=spread)
+        else:
+            y, _, u = low_rank_input.rms_norm_down(
+                rows, norm_weight, down, eps=1e-5, offset=0.0, residual=None, spare=spread
+            )
+        return adapted_linear(y, weight, None, edits, runs, x_spare=spread, border=spread, u=u)
+
+    for operator in ("rms_norm_down", "glu_down"):
+        width = max(p.columns for p in sizes.products) if operator == "glu_down" else sizes.products[0].columns
+        if product.columns == width:
+            shape = (n, product.columns, spread)
+            yield FormSubject(operator, shape, tuning.FORMS[operator], lambda name=operator: call(name))
+
+
+def _edits(product: Product, sizes: TuneSizes, draw: Draw) -> LinearEdits:
+    """Low-rank terms on every module of a product, without dropout."""
+    ends = [sum(product.outs[: m + 1]) for m in range(len(product.outs))]
+    terms = [
+        LowRank(
+            start=end - out,
+            stop=end,
+            a=draw.factors(sizes.runs, sizes.rank, product.columns),
+            b=draw.factors(sizes.runs, out, sizes.rank),
+            scaling=(1.0,) * sizes.runs,
+        )
+        for out, end in zip(product.outs, ends, strict=True)
+    ]
+    return LinearEdits(low_rank=tuple(terms))
 
 
 def _random_nf4(product: Product, draw: Draw) -> nf4.Nf4Weight:
