@@ -28,6 +28,7 @@ from peftdyno.kernels.glu import glu
 from peftdyno.kernels.head_norm import head_norm
 from peftdyno.kernels.label_loss import label_loss
 from peftdyno.kernels.linear import linear
+from peftdyno.kernels.low_rank_input import Down, down_of, glu_down, rms_norm_down
 from peftdyno.kernels.nf4 import Weight
 from peftdyno.kernels.rms_norm import rms_norm
 from peftdyno.kernels.rotary import angles
@@ -55,6 +56,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self.saved = Activations(self.activations, self.scope)
+        self.made: tuple[Tensor, Tensor] | None = None  # a product's input, and what its producer made of it
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +236,12 @@ class Decoder:
                 grad_spare=bank.spare(i, "gate_up"),
             )
 
-        inner = gated(gate_up)
+        down = None if bank.glu_scale(i) is not None else self.down("glu_down", i, "down", gate_up, bank, runs)
+        if down is None:
+            inner = gated(gate_up)
+        else:
+            spares = {"spare": bank.spare(i, "down"), "grad_spare": bank.spare(i, "gate_up")}
+            self.made = inner, _ = glu_down(gate_up, self.config.activation, down, **spares)
         self.saved.pointwise(inner, lambda: gated(gate_up.detach()))
         self.saved.before_last_product()
         return self.linear("down", i, weights.down, None, bank, runs, inner)
@@ -256,7 +263,16 @@ class Decoder:
             return own
         border = bank.spare(i, site)
         room = border if x.stride(0) > x.shape[1] else 0  # rows picked for the labels come without spare columns
-        return adapted_linear(x, weight, bias, bank.linear(i, site), runs, x_spare=room, border=border)
+        u = self.made[1] if self.made is not None and self.made[0] is x else None
+        self.made = None
+        return adapted_linear(x, weight, bias, bank.linear(i, site), runs, x_spare=room, border=border, u=u)
+
+    def down(self, producer: str, i: int, site: str, rows: Tensor, bank: AdapterBank, runs: TokenRuns) -> Down | None:
+        """What the producer of a product's input is to make of it beside; only where all that it makes is kept, for
+        its sums are not those of the plain operators to the bit."""
+        columns = getattr(self.weights.layers[i], site).shape[1]
+        spare = bank.spare(i, site) if self.activations == "keep" else 0
+        return down_of(producer, rows, columns, spare, lambda: bank.linear(i, site), runs)
 
     def norm(
         self,
@@ -284,6 +300,17 @@ class Decoder:
                 spare=0 if site is None else bank.spare(i, site),
             )
 
+        down = None
+        if site is not None and tuned is None:
+            down = self.down("rms_norm_down", i, site, residual, bank, runs)
+        if down is not None and site is not None:
+            x, more = (residual, None) if delta is None else (delta, residual)
+            eps, offset = self.config.rms_norm_eps, self.config.norm_offset
+            y, total, u = rms_norm_down(
+                x, weight, down, eps=eps, offset=offset, residual=more, spare=bank.spare(i, site)
+            )
+            self.made = y, u
+            return y, total
         y, total = normed(residual, None) if delta is None else normed(delta, residual)
         self.saved.pointwise(y, lambda: normed(total.detach(), None)[0])
         return y, total

@@ -13,7 +13,8 @@ from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.families import config_from_hf
 from peftdyno.engine.pack import Sequence, build_pack
 from peftdyno.engine.weights import random_weights
-from peftdyno.kernels import dispatch
+from peftdyno.kernels import dispatch, tuning
+from peftdyno.kernels.low_rank_input import Down
 
 FIELDS = {
     "model_type": "llama",
@@ -74,3 +75,15 @@ def test_step_equals_the_reference(name: str, bordered: bool, device: torch.devi
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
     assert bool((expected.norm(dim=1) > 0).all()), "every run learns"
+
+
+def test_producers_that_make_the_low_rank_input(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm and the activation before an adapted product multiply by A: two layers, q and v together, down alone."""
+    made, plain = [], Down.arguments
+    monkeypatch.setattr(Down, "arguments", lambda self: (made.append(len(self.a)), plain(self))[1])
+    with tuning.trial_form("rms_norm_down", "together"), tuning.trial_form("glu_down", "together"):
+        losses, found = gradients("lora", "triton", device, True)
+    assert made == [2, 1, 2, 1]
+    expected_losses, expected = gradients("lora", "reference", device, False)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
