@@ -43,8 +43,11 @@ CODEBOOK = (
     1.0,
 )
 """NF4: quantiles of the standard normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, appendix E)."""
+COMPILED = (torch.bfloat16, torch.float32)
+"""What the C++ kernels write."""
 CHUNK = 1 << 15
-"""Bytes of codes that the CPU form looks up at a time, so that what it needs beside the result stays in cache."""
+"""Bytes of codes that the form without C++ looks up at a time, so that what it holds beside the result
+stays in cache."""
 QUANTISED = 1 << 20
 """Elements that are quantised at a time, so that no wide copy of a whole weight is needed."""
 
@@ -82,7 +85,7 @@ def reference_dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int,
 
 
 def dequantise_by_pairs(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """On the CPU: one look-up a byte gives both of its elements, a chunk at a time."""
+    """On the CPU without C++: one look-up a byte gives both of its elements, a chunk at a time."""
     out = torch.empty(rows, columns, dtype=dtype)
     blocks, step = out.view(-1, BLOCK), 2 * CHUNK // BLOCK
     for i, piece in enumerate(codes.split(CHUNK)):
@@ -90,6 +93,22 @@ def dequantise_by_pairs(codes: Tensor, absmax: Tensor, rows: int, columns: int, 
         here = slice(i * step, i * step + values.shape[0])
         torch.mul(values, absmax[here, None], out=values)
         blocks[here].copy_(values)
+    return out
+
+
+def dequantise_compiled(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """In C++ to bf16 and fp32, its two types; by pairs to others."""
+    if dtype not in COMPILED:
+        return dequantise_by_pairs(codes, absmax, rows, columns, dtype)
+    book = codebook(codes.device)
+    out: Tensor = torch.ops.peftdyno_cpu.nf4_dequantise(codes, absmax, book, rows, columns, dtype)
+    return out
+
+
+def absmax_compiled(codes: Tensor, absmax: Tensor, offsets: Tensor, sizes: Sequence[int]) -> Tensor:
+    """In C++."""
+    book = dynamic_codes(codes.device)
+    out: Tensor = torch.ops.peftdyno_cpu.nf4_absmax(codes, absmax, offsets, book, sizes)
     return out
 
 
@@ -123,7 +142,7 @@ DEQUANTISE = primitive(
     reference=reference_dequantise,
     shape=lambda codes, absmax, rows, columns, dtype: codes.new_empty(rows, columns, dtype=dtype),
     cost=dequantise_cost,
-    **({"cpu": dequantise_by_pairs} | cpu.implementations("nf4_dequantise")),
+    cpu=dequantise_compiled if cpu.implementations("nf4_dequantise") else dequantise_by_pairs,
     **triton.implementations("nf4_dequantise"),
 )
 ABSMAX = primitive(
@@ -131,7 +150,7 @@ ABSMAX = primitive(
     reference=reference_absmax,
     shape=lambda codes, absmax, offsets, sizes: absmax.new_empty(codes.shape[0]),
     cost=absmax_cost,
-    **cpu.implementations("nf4_absmax"),
+    **({"cpu": absmax_compiled} if cpu.implementations("nf4_absmax") else {}),
 )
 
 

@@ -29,6 +29,9 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
   m.def("adamw_(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, float[] rates, float[] clips, int[] steps,"
         " float beta1, float beta2, float eps, float decay) -> ()");
   m.def("label_loss(Tensor x, Tensor head, Tensor targets, float softcap, bool need_gradient) -> (Tensor, Tensor)");
+  m.def("nf4_dequantise(Tensor codes, Tensor absmax, Tensor codebook, int rows, int columns, ScalarType dtype)"
+        " -> Tensor");
+  m.def("nf4_absmax(Tensor codes, Tensor absmax, Tensor offsets, Tensor book, int[] sizes) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, int spare) -> Tensor");
   m.def("linear_backward(Tensor dy, Tensor weight) -> Tensor");
   m.def("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, float[] scaling, int[] rows,"
@@ -77,6 +80,8 @@ TORCH_LIBRARY_IMPL(peftdyno_cpu, CPU, m) {
   m.impl("scale_rows", &peftdyno::scale_rows);
   m.impl("adamw_", &peftdyno::adamw_);
   m.impl("label_loss", &peftdyno::label_loss);
+  m.impl("nf4_dequantise", &peftdyno::nf4_dequantise);
+  m.impl("nf4_absmax", &peftdyno::nf4_absmax);
   m.impl("linear", &peftdyno::linear);
   m.impl("linear_backward", &peftdyno::linear_backward);
   m.impl("lora_linear", &peftdyno::lora_linear);

@@ -113,6 +113,15 @@ struct LabelLoss {
   float softcap;
 };
 
+constexpr int64_t NF4_BLOCK = 64;  // elements of a weight in 4 bits that share an absolute maximum
+
+struct Nf4Dequantise {
+  bool bf16;
+  const uint8_t* codes;
+  const float *absmax, *codebook;
+  void* out;
+};
+
 struct Lora;
 struct Product;
 struct ProductShare;
@@ -134,6 +143,7 @@ struct Kernels {
   void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);
   void (*adamw)(const AdamW&, int64_t begin, int64_t end);
   void (*label_loss)(const LabelLoss&, int64_t begin, int64_t end);
+  void (*nf4_dequantise)(const Nf4Dequantise&, int64_t begin, int64_t end);  // of blocks
   int64_t (*operand_bytes)(bool bf16);  // of one element of an operand of the block products
   void (*product)(const Product&, const ProductShare&, const int64_t* run_offsets, int64_t num_runs,
                   void* scratch);  // null where the library's products are faster

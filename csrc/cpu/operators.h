@@ -35,6 +35,10 @@ void adamw_(Tensor& p, const Tensor& g, Tensor& m, Tensor& v, at::ArrayRef<doubl
             IntArrayRef steps, double beta1, double beta2, double eps, double decay);
 std::tuple<Tensor, Tensor> label_loss(const Tensor& x, const Tensor& head, const Tensor& targets, double softcap,
                                       bool need_gradient);
+Tensor nf4_dequantise(const Tensor& codes, const Tensor& absmax, const Tensor& codebook, int64_t rows, int64_t columns,
+                      at::ScalarType dtype);
+Tensor nf4_absmax(const Tensor& codes, const Tensor& absmax, const Tensor& offsets, const Tensor& book,
+                  IntArrayRef sizes);
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t spare);
 Tensor linear_backward(const Tensor& dy, const Tensor& weight);
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, TensorList a,

@@ -8,6 +8,7 @@
 #include "glu_kernel.h"
 #include "label_loss_kernel.h"
 #include "lora_linear_kernel.h"
+#include "nf4_kernel.h"
 #include "product_kernel.h"
 #include "rms_norm_kernel.h"
 #include "rotary_kernel.h"
@@ -30,6 +31,7 @@ const Kernels table = {
     scale_rows,
     adamw,
     label_loss,
+    nf4_dequantise,
     operand_bytes,
 #if defined(__AMX_BF16__)
     product,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftdyno.kernels import nf4
+from peftdyno.kernels import cpu, memory, nf4
 from peftdyno.kernels.adapted_linear import Columns, LinearEdits, LowRank, TokenRuns, adapted_linear
 from peftdyno.kernels.library import COSTS, PRIMITIVES
 from peftdyno.kernels.linear import linear
@@ -25,9 +25,11 @@ from peftdyno.kernels.nf4 import (
     stacked,
 )
 from peftdyno.kernels.oracle import excess, in_float64
+from peftdyno.kernels.workspace import Workspace, cpu_workspace
 
 SHAPES = [(1, 64), (63, 64), (127, 192), (2 * CHUNK // 64 + 3, 64), (QUANTISED // 64 + 1, 64), (64, 1), (3, 320)]
 """One block, odd numbers of them, more than are looked up and quantised at a time, and blocks across rows."""
+COMPILED = pytest.mark.skipif(not cpu.implementations("nf4_dequantise"), reason="the C++ kernels are not built")
 KINDS = pytest.mark.parametrize("nested", [False, True], ids=["nf4", "nf4-double"])
 
 
@@ -90,6 +92,68 @@ def test_pairs_equal_the_reference(poison: None, shape: tuple[int, int], dtype: 
     reference = PRIMITIVES["nf4_dequantise"].implementations["reference"]
     found = nf4.dequantise_by_pairs(*values)
     assert torch.equal(found, reference(*values)) and found.dtype == dtype and found.shape == shape
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors are the same to the bit, the sign of zero included; any NaN equals any other."""
+    whole = {2: torch.int16, 4: torch.int32}[expected.element_size()]
+    differ = (found.view(whole) != expected.view(whole)) & ~(found.isnan() & expected.isnan())
+    return found.dtype == expected.dtype and found.shape == expected.shape and not bool(differ.any())
+
+
+@COMPILED
+@KINDS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiled_equals_the_reference(
+    isa: str, poison: None, shape: tuple[int, int], nested: bool, dtype: torch.dtype
+) -> None:
+    weight = quantise(random_weight(*shape), nested=nested)
+    values = weight.codes, weight.scales(), *shape, dtype
+    forms = PRIMITIVES["nf4_dequantise"].implementations
+    assert forms["cpu"] is nf4.dequantise_compiled
+    assert same_bits(forms["cpu"](*values), forms["reference"](*values))
+
+
+@COMPILED
+@pytest.mark.parametrize("threads_used", [1, 2])
+def test_compiled_equals_the_reference_at_extremes(
+    isa: str, threads: Any, threads_used: int, dtype: torch.dtype
+) -> None:
+    """Every pair of codes with maxima that are zero, not normal, rounded up to infinity, infinite, negative, or NaN."""
+    threads(threads_used)
+    codes = torch.arange(256).to(torch.uint8).repeat(100)
+    extremes = torch.tensor([0.0, 1e-45, 1e-40, 1.2e-38, 3.4e38, math.inf, -math.inf, math.nan, -1.0, -0.0])
+    absmax = extremes.repeat_interleave(codes.numel() // 32 // len(extremes))
+    values = codes, absmax, absmax.numel(), BLOCK, dtype
+    assert same_bits(nf4.dequantise_compiled(*values), nf4.reference_dequantise(*values))
+
+
+@COMPILED
+@pytest.mark.parametrize("sizes", [[1], [256], [300, 1, 63], [255, 0, 257, 512]], ids=str)
+def test_compiled_absmax_equals_the_reference(poison: None, sizes: list[int]) -> None:
+    codes = torch.randint(256, (sum(sizes),), dtype=torch.uint8)
+    factors = torch.logspace(-40, 30, sum(-(-size // NESTED_BLOCK) for size in sizes))
+    values = codes, factors, torch.randn(len(sizes)), sizes
+    assert same_bits(nf4.absmax_compiled(*values), nf4.reference_absmax(*values))
+
+
+@COMPILED
+def test_compiled_holds_nothing_beside_its_result() -> None:
+    values = arguments(quantise(random_weight(512, 96)), torch.bfloat16)
+    nf4.dequantise_compiled(*values)
+    with memory.AllocatorPeak() as allocator:
+        out = nf4.dequantise_compiled(*values)
+    assert allocator.peak_bytes == out.nbytes and cpu_workspace("nf4_dequantise", values) == Workspace()
+
+
+@COMPILED
+def test_compiled_refuses_what_does_not_fit() -> None:
+    codes, absmax, rows, columns, dtype = arguments(quantise(random_weight(4, 64)), torch.float32)
+    for wrong in [(codes[1:], absmax), (codes, absmax[1:]), (codes[::2], absmax), (codes, absmax.double())]:
+        with pytest.raises(RuntimeError, match=r"4-bit weight|do not fit a weight of 4 x 64"):
+            nf4.dequantise_compiled(*wrong, rows, columns, dtype)
+    with pytest.raises(RuntimeError, match="does not fit its modules"):
+        nf4.absmax_compiled(torch.zeros(257, dtype=torch.uint8), torch.ones(1), torch.zeros(1), [257])
 
 
 def test_implementations_stay_within_the_budget(poison: None) -> None:
