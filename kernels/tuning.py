@@ -58,6 +58,8 @@ SHIPPED: dict[str, dict[int, Tile]] = {
 FORMS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("bordered", "plain", "fused"),
     "lora_linear_backward": ("bordered", "plain", "fused"),
+    "attention": ("own", "varlen", "flash-attn"),
+    "attention_backward": ("own", "varlen"),
     "rms_norm_down": ("apart", "together"),
     "glu_down": ("apart", "together"),
     "nf4_linear": ("dequantise", "fused"),

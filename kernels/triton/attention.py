@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftdyno.kernels import replay, tuning
 from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.triton import attention_library as library
 from peftdyno.kernels.triton.attention_tables import QueryTiles, planned, query_tiles, replayed
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 from peftdyno.kernels.tuning import Tile
@@ -225,6 +226,9 @@ def forward(
     spare: int,
 ) -> tuple[Tensor, Tensor]:
     """out [Nq, H d] and lse [H, Nq]."""
+    call = library.chosen("attention", (q, k, v), prefix_k, (segments, chain), (scale, window, softcap))
+    if call is not None:
+        return library.forward(call, q, k, v, spare)
     (n, heads, d), key_heads = q.shape, k.shape[1]
     group = heads // key_heads
     out = with_spare(n, heads * d, spare, q)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
+from peftdyno.kernels.triton import attention_library as library
 from peftdyno.kernels.triton.attention import LOG2_E, key_bounds, prefix_rows, score, types, visible, width_class
 from peftdyno.kernels.triton.attention_tables import KeyTiles, key_tiles, planned, query_tiles
 from peftdyno.kernels.triton.compiled import Compiled, Limits
@@ -236,6 +237,9 @@ def backward(
     spare: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the fused qkv rows [N, (H + 2K) d] and, in fp32, of the prefix tensors."""
+    call = library.chosen("attention_backward", (q, k, v), prefix_k, (segments, chain), (scale, window, softcap))
+    if call is not None:
+        return library.backward(call, dout, q, k, v, out, lse, spare)
     (n, heads, d), key_heads = q.shape, k.shape[1]
     group = heads // key_heads
     dout = dout if dout.stride(1) == 1 else dout.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from peftdyno.kernels.adapted_linear import LinearEdits, LowRank, TokenRuns, ada
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import attention, attention_backward, lora_gemm, lora_linear, nf4_gemm, skinny
 from peftdyno.kernels.triton import low_rank_input as low_rank_kernels
+from peftdyno.kernels.triton.attention_library import runnable
 from peftdyno.kernels.triton.low_rank import modules_of
 
 
@@ -150,6 +152,7 @@ def _attention(sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
 
 def form_subjects(sizes: TuneSizes, device: torch.device) -> Iterator[FormSubject]:
     """Every operator that has several forms, at each product of the model."""
+    yield from _attention_forms(sizes, Draw(device))
     for product in sizes.products:
         yield from _lora(product, sizes, Draw(device))
         yield from _inputs(product, sizes, Draw(device))
@@ -203,6 +206,27 @@ def _edits(product: Product, sizes: TuneSizes, draw: Draw) -> LinearEdits:
         for out, end in zip(product.outs, ends, strict=True)
     ]
     return LinearEdits(low_rank=tuple(terms))
+
+
+def _attention_forms(sizes: TuneSizes, draw: Draw) -> Iterator[FormSubject]:
+    """Attention over one sequence and over eight, in both directions, by our kernels and by each library there is."""
+    n, heads, kv, d = sizes.tokens, sizes.heads, sizes.key_heads, sizes.head_dim
+    q, k, v = draw.rows(n, (heads + 2 * kv) * d).unflatten(1, (heads + 2 * kv, d)).split([heads, kv, kv], dim=1)
+    dout = draw.rows(n, heads * d)
+    for count in (1, 8):
+        cuts = [n * i // count for i in range(count + 1)]
+        spans = list(itertools.pairwise(cuts))
+        segments = torch.tensor([[a, b - a, i, i + 1] for i, (a, b) in enumerate(spans)], dtype=torch.int32)
+        chain = torch.tensor([[a, b - a, 0] for a, b in spans], dtype=torch.int32)
+        options = (None, None, segments, chain, d**-0.5, 0, 0.0, 0)
+        longest = 1 << (max(b - a for a, b in spans) - 1).bit_length()
+        shape = (n, heads, kv, d, longest, 0)
+        out, lse = attention.forward(q, k, v, *options)
+        forward = lambda options=options: attention.forward(q, k, v, *options)[0]  # noqa: E731
+        yield FormSubject("attention", shape, runnable("attention", draw.device), forward)
+        saved = (out, lse, *options[2:])
+        backward = lambda saved=saved: attention_backward.backward(dout, q, k, v, None, None, *saved)[0]  # noqa: E731
+        yield FormSubject("attention_backward", shape, runnable("attention_backward", draw.device), backward)
 
 
 def _random_nf4(product: Product, draw: Draw) -> nf4.Nf4Weight:

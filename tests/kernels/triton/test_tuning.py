@@ -82,7 +82,9 @@ def test_every_form_has_a_subject_whose_forms_agree(device: torch.device, triton
         entry = tune.fastest_form(subject, lambda call: 1.0)
         assert list(entry["ms"].values()) == [1.0] * len(subject.forms), (subject.name, entry)
         operators.add(subject.operator)
-        assert subject.forms == tuning.FORMS[subject.operator], "the sizes allow every form"
+        library = subject.operator.startswith("attention") and device.type != "cuda"
+        every = tuning.FORMS[subject.operator]
+        assert subject.forms == (every[:1] if library else every), "the sizes allow every form there is a library for"
     assert operators == set(tuning.FORMS)
 
 
