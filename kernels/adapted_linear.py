@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import bank_affine, linear, lora_linear
-from peftdyno.kernels.nf4 import Weight, dense
+from peftdyno.kernels import bank_affine, linear, lora_linear, lora_terms, nf4_linear
+from peftdyno.kernels.nf4 import Nf4Weight, Weight, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,9 @@ class _AdaptedLinear(torch.autograd.Function):
             scaling, rows, *_ = plan.terms()
             places = (scaling, rows, runs, plan.x_spare, plan.border, plan.spare)
             y = lora_linear.UP(x, u, dense(weight), bias, b, *places)
+        elif a and isinstance(weight, Nf4Weight) and nf4_linear.fused("nf4_linear", x, weight):
+            y = nf4_linear.product(x, weight, bias, plan.spare)
+            u = lora_terms.ADD(y, x, a, b, *plan.terms())
         elif a:
             terms = (a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
             y, u = lora_linear.FORWARD(x, dense(weight), bias, *terms)
@@ -122,8 +125,12 @@ class _AdaptedLinear(torch.autograd.Function):
         if not a:
             dx = linear.product_backward(dy, ctx.weight) if need_x else None
             return dx, None, None, None, *scales, *shifts
-        weight = dense(ctx.weight)
-        dx, da, db = lora_linear.BACKWARD(dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x)
+        if isinstance(ctx.weight, Nf4Weight) and nf4_linear.fused("nf4_linear_backward", dy, ctx.weight):
+            dx = nf4_linear.product_backward(dy, ctx.weight) if need_x else dy.new_empty(0)
+            da, db = lora_terms.BACKWARD(dx, dy, x, u, a, b, *plan.terms(), need_x)
+        else:
+            weight = dense(ctx.weight)
+            dx, da, db = lora_linear.BACKWARD(dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x)
         return (dx if need_x else None), None, None, None, *da, *db, *scales, *shifts
 
 

@@ -112,10 +112,17 @@ def reference_up(
     """y from x and u: one product for the base and a skinny one a module and run."""
     y = with_spare(x.shape[0], weight.shape[0], spare, x)
     y.copy_(torch.nn.functional.linear(x, weight, bias))
-    for block in _blocks([factor.shape[2] for factor in b], scaling, rows, run_offsets):
-        up = (block.scale * b[block.module][block.run]).to(x.dtype)
-        y[block.tokens, block.rows] += u[block.tokens, block.columns] @ up.t()
+    add_up(y, u, b, scaling, rows, run_offsets)
     return y
+
+
+def add_up(
+    y: Tensor, u: Tensor, b: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], run_offsets: Sequence[int]
+) -> None:
+    """y_m += s u_m B_m^T, in place."""
+    for block in _blocks([factor.shape[2] for factor in b], scaling, rows, run_offsets):
+        up = (block.scale * b[block.module][block.run]).to(y.dtype)
+        y[block.tokens, block.rows] += u[block.tokens, block.columns] @ up.t()
 
 
 def reference_backward(
@@ -136,6 +143,26 @@ def reference_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Plain PyTorch: gradients of x (empty unless needed) and, in fp32, of every A and B."""
     dx = dy @ weight if need_x else dy.new_empty(0)
+    terms = (a, b, scaling, rows, run_offsets, dropout, streams, keys)
+    return dx, *add_backward(dx, dy, x, u, *terms, need_x)
+
+
+def add_backward(
+    dx: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    run_offsets: Sequence[int],
+    dropout: float,
+    streams: Tensor | None,
+    keys: Tensor | None,
+    need_x: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Every dA and dB in fp32; where needed, dx += sum_m mask_m (du_m A_m), in place."""
     da, db = [torch.zeros_like(t) for t in a], [torch.zeros_like(t) for t in b]
     for block in _blocks([factor.shape[1] for factor in a], scaling, rows, run_offsets):
         grad = dy[block.tokens, block.rows]
@@ -146,7 +173,7 @@ def reference_backward(
         if need_x:
             term = du @ a[block.module][block.run].to(dy.dtype)
             dx[block.tokens] += _dropped(term, _same_tokens(block), dropout, _piece(streams, block), keys)
-    return dx, da, db
+    return da, db
 
 
 def _same_tokens(block: _Block) -> _Block:

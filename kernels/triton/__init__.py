@@ -29,6 +29,8 @@ OPERATORS = {
     "lora_linear": "lora_linear.forward",
     "lora_linear_backward": "lora_linear.backward",
     "lora_linear_up": "lora_linear.up",
+    "lora_terms_": "lora_linear.add",
+    "lora_terms_backward_": "lora_linear.add_backward",
     "nf4_dequantise": "nf4.dequantise",
     "nf4_linear": "nf4_gemm.forward",
     "nf4_linear_backward": "nf4_gemm.backward",

@@ -146,7 +146,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tenso
 
 def _scratch(x: Tensor, weight: Tensor, modules: Modules) -> tuple[Tensor, Tensor, Tensor | None]:
     """Room for A, s B and, with several runs, u spread over the runs' columns."""
-    down, up = x.new_empty(modules.spread, weight.shape[1]), x.new_empty(weight.shape[0], modules.spread)
+    return _room(x, *weight.shape, modules)
+
+
+def _room(x: Tensor, out: int, columns: int, modules: Modules) -> tuple[Tensor, Tensor, Tensor | None]:
+    down, up = x.new_empty(modules.spread, columns), x.new_empty(out, modules.spread)
     return down, up, x.new_empty(x.shape[0], modules.spread) if modules.num_runs > 1 else None
 
 
@@ -193,3 +197,55 @@ def backward(
     else:
         dx.addmm_(own, down)
     return dx, da, db
+
+
+def add(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    run_offsets: Sequence[int],
+    dropout: float,
+    streams: Tensor | None,
+    keys: Tensor | None,
+) -> Tensor:
+    """The low-rank terms added to y [N, out] in place; u [N, sum of r]."""
+    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, x)
+    down, up, by_run = _room(x, y.shape[1], x.shape[1], modules)
+    pack(a, b, modules, down, up)
+    u = project(x, down, modules, run_offsets, by_run, of_b=False, dropout=drop)
+    y.addmm_(u if by_run is None else by_run, up.t())
+    return u
+
+
+def add_backward(
+    dx: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    run_offsets: Sequence[int],
+    dropout: float,
+    streams: Tensor | None,
+    keys: Tensor | None,
+    need_x: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Every dA and dB in fp32; the low-rank terms' part of dx added in place, where it is needed."""
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, dy)
+    down, up, wide = _room(dy, dy.shape[1], x.shape[1], modules)
+    pack(a, b, modules, down if need_x else None, up)
+    wide = wide if need_x and drop is None else None
+    du = project(dy, up, modules, run_offsets, wide, of_b=True)
+    da = outer(du, x, modules, run_offsets, of_b=False, dropout=drop)
+    db = outer(u, dy, modules, run_offsets, of_b=True)
+    if need_x and drop is not None:
+        add_masked(dx, du, down, modules, run_offsets, drop)
+    elif need_x:
+        dx.addmm_(du if wide is None else wide, down)
+    return da, db
