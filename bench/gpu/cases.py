@@ -19,6 +19,8 @@ from peftdyno.kernels import (  # each import registers an operator
     label_loss,  # noqa: F401
     linear,  # noqa: F401
     lora_linear,  # noqa: F401
+    lora_terms,  # noqa: F401
+    low_rank_input,  # noqa: F401
     rms_norm,  # noqa: F401
     rotary,
 )
@@ -174,6 +176,14 @@ def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             low = _LowRank(draw, columns, tuple(outs), runs, dropout, bordered)
             yield Case("lora_linear", label, low.forward)
             yield Case("lora_linear_backward", label, low.backward)
+            if bordered and site != "o":
+                producer, make = ("glu_down", low.activation) if site == "down" else ("rms_norm_down", low.norm)
+                yield Case(producer, label, make)
+            if bordered and runs == 1:
+                yield Case("lora_linear_up", label, low.up)
+            if not bordered:
+                yield Case("lora_terms_", label, low.terms, changed=(0,))
+                yield Case("lora_terms_backward_", label, low.terms_backward, changed=(0,))
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,35 @@ class _LowRank:
         x, weight, rest, border = self._common(t, n)
         u = self.draw.rows(n, self.draw.sizes.rank * len(self.outs), t)
         return self.draw.rows(n, sum(self.outs), t, border), x, u, weight, *rest, border, True
+
+    def norm(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the norm that makes x and u."""
+        x, _, (a, _, _, _, *low), border = self._common(t, n)
+        weight = self.draw.rows(1, self.columns, t)[0]
+        return self.draw.rows(n, self.columns, t), x, weight, a, *low, 1e-5, 0.0, border
+
+    def activation(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the activation that makes x and u."""
+        _, _, (a, _, _, _, *low), border = self._common(t, n)
+        return self.draw.rows(n, 2 * self.columns, t), "silu", a, *low, border
+
+    def up(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the forward pass where one run's u was made before, and stands beside x."""
+        x, weight, (_, b, scaling, rows, runs, *_), border = self._common(t, n)
+        u = self.draw.rows(n, border, t)
+        x.as_strided((n, border), x.stride(), x.shape[1]).copy_(u)
+        return x, u, weight, None, b, scaling, rows, runs, border, border, 0
+
+    def terms(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the low-rank terms alone."""
+        x, _, rest, _ = self._common(t, n)
+        return self.draw.rows(n, sum(self.outs), t), x, *rest
+
+    def terms_backward(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the low-rank terms alone, backward."""
+        x, _, rest, _ = self._common(t, n)
+        u = self.draw.rows(n, self.draw.sizes.rank * len(self.outs), t)
+        return self.draw.rows(n, self.columns, t), self.draw.rows(n, sum(self.outs), t), x, u, *rest, True
 
 
 def attentions(sizes: Sizes, device: torch.device) -> Iterator[Case]:

@@ -17,14 +17,12 @@ from peftdyno.kernels.triton import load
 
 
 def results(function: Callable[..., Any], changed: tuple[int, ...]) -> Callable[..., list[Tensor]]:
-    """What the function returns, or what it leaves in copies of the arguments that it changes."""
+    """What the function returns, and what it leaves in copies of the arguments that it changes."""
 
     def call(*arguments: Any) -> list[Tensor]:
-        if not changed:
-            return flat(function(*arguments))
         copies = [a.clone() if i in changed else a for i, a in enumerate(arguments)]
-        function(*copies)
-        return [copies[i] for i in changed]
+        made = function(*copies)
+        return [*flat(made), *(copies[i] for i in changed)]
 
     return call
 
