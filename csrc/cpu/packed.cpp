@@ -13,7 +13,7 @@ namespace {
 // The weight is held, so that its address stays its own.
 struct Kept {
   Tensor weight, panels;
-  uint32_t version;
+  int64_t version;
 };
 
 struct Registry {

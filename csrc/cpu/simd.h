@@ -246,7 +246,8 @@ PEFTDYNO_INLINE Vec exp(Vec x) {
   return select(small, Vec{}, expm1_reduced(e.r) * e.power + e.power);
 }
 
-// 2^x for x <= 127 and about 2^-126 below -126; a minimax polynomial of the 5th degree, relative error 7.5e-8.
+// 2^x for x <= 127, any number above and about 2^-126 below -126; a minimax polynomial of the 5th degree, relative
+// error 7.5e-8.
 PEFTDYNO_INLINE Vec exp2(Vec x) {
   const Rounded n = round_small(maximum(x, broadcast(-126.0f)));
   const Vec f = maximum(x, broadcast(-126.0f)) - n.value;
@@ -255,7 +256,7 @@ PEFTDYNO_INLINE Vec exp2(Vec x) {
   p = p * f + 2.40221197e-1f;
   p = p * f + 6.93146967e-1f;
   p = p * f + 1.00000007f;
-  return bit_cast<Vec>(bit_cast<VecI>(p) + (n.integer << 23));
+  return bit_cast<Vec>(bit_cast<VecU>(p) + (bit_cast<VecU>(n.integer) << 23));
 }
 
 PEFTDYNO_INLINE Vec sigmoid(Vec x) {
