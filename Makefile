@@ -20,19 +20,40 @@ READY := $(VENV)/ready
 TYPING := build/typing/peftdyno
 TRITON_AT := $(if $(TRITON),build/triton-$(TRITON))
 
+SANITIZED := build/sanitize
+CHECKED = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED)/lib \
+  LD_PRELOAD="$(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
+define KERNELS_SANITIZED
+import torch
+from peftdyno.kernels import _cpu
+assert "$(SANITIZED)" in _cpu.__file__, _cpu.__file__
+endef
+export KERNELS_SANITIZED
+
 define KERNELS_IN_USE
 from peftdyno.kernels.cpu import AVAILABLE
 print("CPU kernels:", "compiled C++" if AVAILABLE else "PyTorch operations, as the C++ extension was not built")
 endef
 export KERNELS_IN_USE
 
-.PHONY: run test golden lint check tree bench-cpu aot gpu clean FORCE
+.PHONY: run test golden sanitize lint check tree bench-cpu aot gpu clean FORCE
 
 run: $(READY)
 	$(BIN)/peftdyno demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses=$(JOBS) $(ARGS)
+
+# The kernel tests on a copy of the package whose C++ watches its addresses and for undefined behaviour. Leaks are not
+# looked for: Python keeps much until it exits. AddressSanitizer looks for libstdc++'s exceptions as it starts, before
+# Python has loaded it; so that is loaded first too.
+sanitize: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PEFTDYNO_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
+	  --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	$(CHECKED) $(BIN)/python -P -c "$$KERNELS_SANITIZED"
+	$(CHECKED) $(BIN)/pytest tests/kernels --ignore tests/kernels/triton --capture=sys --numprocesses=$(JOBS) $(ARGS)
 
 # The losses that tests/test_tiny.py holds later versions to.
 golden: $(READY)

@@ -33,7 +33,7 @@ PLAIN = [
 ]
 SANITIZE = os.environ.get("PEFTDYNO_SANITIZE", "")
 """Sanitizers of a debugging build, as the compiler's -fsanitize takes them: address,undefined."""
-INSTRUMENT = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []
+INSTRUMENT = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1"] if SANITIZE else []
 
 
 def packages() -> dict[str, str]:
