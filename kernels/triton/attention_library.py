@@ -9,6 +9,7 @@ cu: int32 [S + 1], first rows of the sequences and the number of rows.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, spare: int) -> tuple[Te
     run = flash_attn_forward if call.form == "flash-attn" else torch_forward
     out, lse = run(call, q, k, v)
     flat = out.flatten(1)
-    return (with_spare(*flat.shape, spare, q).copy_(flat) if spare else flat), lse
+    return (with_spare(flat.shape[0], flat.shape[1], spare, q).copy_(flat) if spare else flat), lse
 
 
 def backward(
@@ -123,7 +124,7 @@ def backward(
     """Gradient of the fused qkv rows [N, (H + 2K) d]; those of a prefix are empty."""
     (n, heads, d), key_heads = q.shape, k.shape[1]
     dout = dout if dout.stride(1) == 1 else dout.contiguous()
-    gradients = torch_backward(call, *(t.unflatten(1, (heads, d)) for t in (dout, out)), q, k, v, lse)
+    gradients = torch_backward(call, dout.unflatten(1, (heads, d)), out.unflatten(1, (heads, d)), q, k, v, lse)
     dqkv = with_spare(n, (heads + 2 * key_heads) * d, spare, q)
     for part, gradient in zip(dqkv.split([heads * d, key_heads * d, key_heads * d], dim=1), gradients, strict=True):
         part.copy_(gradient.flatten(1))
@@ -156,11 +157,9 @@ def torch_backward(
 
 def flash_attn_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [N, H, d] and lse by flash-attn."""
-    from flash_attn import flash_attn_varlen_func
-
     cu, longest = call.sequences.cu, call.sequences.longest
     window = (call.left, 0) if call.left >= 0 else (-1, -1)
-    out, lse, _ = flash_attn_varlen_func(
+    out, lse, _ = importlib.import_module("flash_attn").flash_attn_varlen_func(
         q, k, v, cu, cu, longest, longest, softmax_scale=call.scale, causal=True, window_size=window,
         return_attn_probs=True,
     )  # fmt: skip
@@ -176,11 +175,11 @@ def _deterministic() -> Iterator[None]:
     """PyTorch chooses the library's deterministic form by a switch of the process, which also fills new memory unless
     told otherwise."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory: Any = torch.utils.deterministic
+    fill, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

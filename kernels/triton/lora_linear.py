@@ -146,7 +146,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tenso
 
 def _scratch(x: Tensor, weight: Tensor, modules: Modules) -> tuple[Tensor, Tensor, Tensor | None]:
     """Room for A, s B and, with several runs, u spread over the runs' columns."""
-    return _room(x, *weight.shape, modules)
+    return _room(x, weight.shape[0], weight.shape[1], modules)
 
 
 def _room(x: Tensor, out: int, columns: int, modules: Modules) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -240,7 +240,8 @@ def glu(
 
 def _width(modules: Modules) -> int:
     """Columns of u, padded to what a tensor core multiplies."""
-    return max(16, triton.next_power_of_2(modules.columns))
+    width: int = triton.next_power_of_2(modules.columns)
+    return max(16, width)
 
 
 def _case(name: str, kernel: object, tile: str, arguments: str, **options: object) -> Compiled:

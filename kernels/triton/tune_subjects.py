@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ def _inputs(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubj
         width = max(p.columns for p in sizes.products) if operator == "glu_down" else sizes.products[0].columns
         if product.columns == width:
             shape = (n, product.columns, spread)
-            yield FormSubject(operator, shape, tuning.FORMS[operator], lambda name=operator: call(name))
+            yield FormSubject(operator, shape, tuning.FORMS[operator], functools.partial(call, operator))
 
 
 def _edits(product: Product, sizes: TuneSizes, draw: Draw) -> LinearEdits:
