@@ -37,15 +37,17 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class LabelNoise:
-    """Per-label losses of one batch by the reference in bf16 and in fp32."""
+    """Per-label losses of one batch by the reference in bf16 and in fp32; `independent` is the number of labels whose
+    errors are, where it is not all: the few labels of a sequence share what came before them."""
 
     rounded: Sequence[float]
     exact: Sequence[float]
+    independent: int | None = None
 
     def standard_error(self) -> float:
-        """Standard error that the label's rounding errors give a mean over as many labels."""
+        """Standard error that the labels' rounding errors give a mean over as many labels."""
         errors = [a - b for a, b in zip(self.rounded, self.exact, strict=True)]
-        return statistics.pstdev(errors) / math.sqrt(len(errors))
+        return statistics.pstdev(errors) / math.sqrt(self.independent or len(errors))
 
 
 def check_steps(ours: Trajectory, reference: Trajectory, exact: Trajectory, noise: LabelNoise) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Plan:
 
     repeats: int = 5
     steps: int | None = None
-    compile_seconds: float = 120.0
+    compile_seconds: float = 60.0
     """Time in which torch.compile must have finished its first step."""
 
     def steps_or(self, default: int) -> int:
