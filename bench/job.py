@@ -121,7 +121,7 @@ class Job:
 
     def baseline_key(self, base: BaseModel) -> str:
         """Hash of all that the untuned model's score follows from."""
-        names = ("limit_test", "max_length", "dtype", "quant", "kernels")
+        names = ("limit_test", "max_length", "dtype", "quant", "kernels", "pack_weights")
         settings = {name: getattr(self.settings, name) for name in names}
         test = self.rows[0].sources["test"].sha256
         return digest({"settings": settings, "task": self.task.declaration(), "data": test, "model": base.identity})

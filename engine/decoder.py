@@ -300,18 +300,18 @@ class Decoder:
                 spare=0 if site is None else bank.spare(i, site),
             )
 
+        x, more = (residual, None) if delta is None else (delta, residual)
         down = None
         if site is not None and tuned is None:
             down = self.down("rms_norm_down", i, site, residual, bank, runs)
         if down is not None and site is not None:
-            x, more = (residual, None) if delta is None else (delta, residual)
             eps, offset = self.config.rms_norm_eps, self.config.norm_offset
             y, total, u = rms_norm_down(
                 x, weight, down, eps=eps, offset=offset, residual=more, spare=bank.spare(i, site)
             )
             self.made = y, u
             return y, total
-        y, total = normed(residual, None) if delta is None else normed(delta, residual)
+        y, total = normed(x, more)
         self.saved.pointwise(y, lambda: normed(total.detach(), None)[0])
         return y, total
 

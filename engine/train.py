@@ -132,20 +132,8 @@ def train(
                 _halve_micro_batch(state, error, step, folder)
                 continue
             with ledger.phase("optimizer", owner="adapter", layer=-1):
-                norms = gradient_norms(bank)
-                _stop_broken(state, losses, norms, live, step)
-                live = [alive and not run.stopped for alive, run in zip(live, state.runs, strict=True)]
-                configs = [d.optim for d in data]
-                rates = [d.optim.rate(step, d.steps) for d in data]
-                state.optimizer.step(bank, configs, rates, clip_factors(norms, configs), live)
+                record = _update(state, data, losses, live) | {"tokens": num_tokens}
             ledger.end_step()
-            state.step = step + 1
-            record: dict[str, Any] = {
-                "step": state.step,
-                "loss": _rounded(losses),
-                "grad_norm": _rounded(norms),
-            }
-            record |= {"rate": rates, "tokens": num_tokens}
             if _due(state.step, num_steps, config.evaluate_every):
                 with ledger.phase("evaluation"):
                     record["validation_loss"] = _validate(decoder, state, data, config)
@@ -154,7 +142,7 @@ def train(
             if _due(state.step, num_steps, config.save_every):
                 _save(state, folder, fingerprint, metrics)
             if progress is not None:
-                finite = [loss for loss, alive in zip(losses, live, strict=True) if alive]
+                finite = [loss for loss, alive in zip(losses, live, strict=True) if alive and math.isfinite(loss)]
                 progress(state.step, num_steps, sum(finite) / max(len(finite), 1), num_tokens)
     for run, best, last in zip(state.runs, state.best, bank.flat, strict=True):
         if run.best_step < 0 and not run.stopped:
@@ -162,6 +150,20 @@ def train(
     with torch.no_grad():
         bank.flat.copy_(state.best)
     return state
+
+
+def _update(
+    state: TrainState, data: Sequence[RunData], losses: Sequence[float], live: Sequence[bool]
+) -> dict[str, Any]:
+    """One step of the optimizer for the live runs whose loss and gradient are finite; what the log says of it."""
+    norms = gradient_norms(state.bank)
+    _stop_broken(state, losses, norms, live, state.step)
+    going = [alive and not run.stopped for alive, run in zip(live, state.runs, strict=True)]
+    configs = [d.optim for d in data]
+    rates = [d.optim.rate(state.step, d.steps) for d in data]
+    state.optimizer.step(state.bank, configs, rates, clip_factors(norms, configs), going)
+    state.step += 1
+    return {"step": state.step, "loss": _rounded(losses), "grad_norm": _rounded(norms), "rate": rates}
 
 
 def forward_backward(

@@ -80,11 +80,9 @@ def run(given: dict[str, Any], out: Any, config: Any, sets: list[str], json_outp
     settings = make_settings(values)
     from peftdyno.bench.base_model import load_base, use_hardware
     from peftdyno.bench.cli.console import progress_for
-    from peftdyno.bench.job import Job, Places, find_task, finished_records, run_job
+    from peftdyno.bench.job import Job, Places, finished_records, run_job
     from peftdyno.engine.sources import resolve_config
 
-    settings.build_method()
-    find_task(settings.task, settings.tasks_file)
     resolve_config(settings.model)  # a wrong name is told before any data is read
     job = Job.prepare(settings)
     use_hardware(settings.threads, settings.kernels)

@@ -7,6 +7,7 @@ PEFTDYNO_MICRO=full takes the shapes of an 8B model in bf16 instead of small one
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ import torch
 
 from peftdyno.bench.gpu.cases import Case, all_cases
 from peftdyno.bench.gpu.checks import results
-from peftdyno.bench.gpu.sizes import FULL, Sizes
+from peftdyno.bench.gpu.sizes import FULL, TINY
 from peftdyno.kernels.library import COSTS, PRIMITIVES
 
 pytest.importorskip("pytest_benchmark", reason="microbenchmarks need pytest-benchmark")
-SMALL = Sizes(
+SMALL = replace(
+    TINY,
     fields={
         **FULL.fields,
         "vocab_size": 4096,
@@ -27,15 +29,9 @@ SMALL = Sizes(
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
     },
-    sequences=2,
     length=128,
     rank=16,
-    runs=2,
     labels_checked=64,
-    prompts=(2, 6, 4),
-    new_tokens=2,
-    layers_of_hf=1,
-    losses=(1, 12, 3),
 )
 WHOLE = os.environ.get("PEFTDYNO_MICRO") == "full"
 SIZES, DTYPE = (FULL, torch.bfloat16) if WHOLE else (SMALL, torch.float32)

@@ -78,7 +78,7 @@ void by_library(const Tensor& left, const Tensor& right, Tensor& out, const Prod
 }  // namespace
 
 bool own_product(bool bf16, int64_t rows, int64_t depth, bool transposed, bool packed) {
-  if (!bf16 || kernels().product == nullptr || depth % 32 != 0) return false;
+  if (!bf16 || kernels().product == nullptr || rows == 0 || depth % 32 != 0) return false;
   if (packed && rows < FEW_ROWS) return true;
   return !transposed && rows >= MANY_ROWS && depth >= DEEP && depth <= DEEPEST;
 }

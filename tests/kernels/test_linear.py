@@ -21,7 +21,7 @@ def test_deep_gradient(check, rows, dtype, tokens, columns) -> None:
     check("linear_backward", rows(tokens, 2080, dtype, spare=3), rows(2080, columns, dtype))
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17, 33, 63])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 33, 63])
 @pytest.mark.parametrize("out", [96, 40])
 def test_panels(check, rows, dtype, tokens, out) -> None:
     x, weight, bias = rows(tokens, 64, dtype, spare=5), rows(out, 64, dtype), torch.randn(out).to(dtype)
