@@ -16,8 +16,13 @@ T = TypeVar("T")
 
 @dataclass
 class Tables:
-    """Tables of one recording: those to keep alive; those that change, and how to bring them up to date, by name."""
+    """Tables of one recording: those to keep alive; those that change, and how to bring them up to date, by name.
 
+    `any_layout`: whether what is attended to may become any layout of the same numbers of rows, segments and links, as
+    between training steps; else a layout only ends sooner than the first, as while decoding.
+    """
+
+    any_layout: bool = False
     kept: list[Any] = field(default_factory=list)
     plans: dict[Any, Any] = field(default_factory=dict)
     fills: list[Callable[[], None]] = field(default_factory=list)

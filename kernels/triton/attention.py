@@ -17,7 +17,13 @@ from torch import Tensor
 from peftdyno.kernels import replay, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import attention_library as library
-from peftdyno.kernels.triton.attention_tables import QueryTiles, planned, query_tiles, replayed
+from peftdyno.kernels.triton.attention_tables import (
+    QueryTiles,
+    planned,
+    query_tiles,
+    replayed,
+    roomy_query_tiles,
+)
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 from peftdyno.kernels.tuning import Tile
 
@@ -237,6 +243,9 @@ def forward(
     shape, tables = (group, key_heads, d), replay.active()
     if tables is None:
         sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, shape, window, q.device))
+    elif tables.any_layout:
+        sizes = tile(d, n * group, q.device)
+        tiles = roomy_query_tiles(tables, segments, chain, n, group, sizes.rows, q.device)
     else:  # without the window, whose pieces of keys would grow and shrink in number
         sizes, tiles = replayed(tables, segments, key, lambda split: _plan(segments, chain, shape, 0, q.device, split))
     if len(tiles.items):

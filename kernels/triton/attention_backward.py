@@ -14,11 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftdyno.kernels import tuning
+from peftdyno.kernels import replay, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import attention_library as library
 from peftdyno.kernels.triton.attention import LOG2_E, key_bounds, prefix_rows, score, types, visible, width_class
-from peftdyno.kernels.triton.attention_tables import KeyTiles, key_tiles, planned, query_tiles
+from peftdyno.kernels.triton.attention_tables import (
+    KeyTiles,
+    QueryTiles,
+    key_tiles,
+    planned,
+    query_tiles,
+    roomy_key_tiles,
+    roomy_query_tiles,
+)
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 from peftdyno.kernels.tuning import Tile
 
@@ -247,16 +255,8 @@ def backward(
     shape = (0, key_heads, d) if prefix_k is None else prefix_k.shape
     dprefix = [torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in range(2)]
     rows, keys = query_tile(d, q.device), key_tile(d, q.device)
-    by_query = planned(
-        segments,
-        ("dq", group, rows, q.device),
-        lambda: query_tiles(segments, chain, group, rows.rows, 0, window, q.device),
-    )
-    by_key = planned(
-        segments,
-        ("dk", group, keys, MOST_ROWS, q.device),
-        lambda: key_tiles(segments, chain, group, keys.columns, MOST_ROWS, q.device),
-    )
+    by_query = _query_list(segments, chain, n, group, rows, q.device)
+    by_key = _key_list(segments, chain, (n, k.shape[0] + shape[0]), group, keys, q.device)
     if by_key.covered < n + shape[0] or int(segments[:, 1].sum()) < n:
         dqkv.zero_()
     if len(by_query.items):
@@ -265,6 +265,30 @@ def backward(
         delta = _launch_queries(tensors, dqkv, rows, by_query, options)
         _launch_keys((*tensors[:6], lse, delta), dqkv, dprefix, keys, by_key, options)
     return dqkv, dprefix[0], dprefix[1]
+
+
+def _query_list(
+    segments: Tensor, chain: Tensor, queries: int, group: int, tile: Tile, device: torch.device
+) -> QueryTiles:
+    """Work list of the first pass; positions alone decide what is seen, so it knows of no window."""
+    tables = replay.active()
+    if tables is not None:
+        return roomy_query_tiles(tables, segments, chain, queries, group, tile.rows, device)
+    key = ("dq", group, tile, device)
+    tiles: QueryTiles = planned(segments, key, lambda: query_tiles(segments, chain, group, tile.rows, 0, 0, device))
+    return tiles
+
+
+def _key_list(
+    segments: Tensor, chain: Tensor, rows: tuple[int, int], group: int, tile: Tile, device: torch.device
+) -> KeyTiles:
+    """Work list of the second pass, for so many rows of queries and of keys."""
+    tables, options = replay.active(), (group, tile.columns, MOST_ROWS, device)
+    if tables is not None:
+        return roomy_key_tiles(tables, segments, chain, rows, *options)
+    key = ("dk", group, tile, MOST_ROWS, device)
+    tiles: KeyTiles = planned(segments, key, lambda: key_tiles(segments, chain, *options))
+    return tiles
 
 
 def _constants(q: Tensor, k: Tensor, sizes: Tile, options: tuple[float, int, float, bool]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +45,74 @@ def replayed(
     return tables.plans[name]
 
 
-def _refill(old: QueryTiles, new: QueryTiles) -> None:
+def _roomy(
+    tables: replay.Tables, segments: Tensor, key: tuple[Any, ...], most: dict[str, int], make: Callable[[], Tiles]
+) -> Tiles:
+    """A recording's own work list with room for any layout of its size; `most` are the rows that each of its tables may
+    need, and `make` gives the list of the layout as it is then."""
+    name = (id(segments), *key)
+    if name not in tables.plans:
+        first = make()
+        wide: dict[str, Any] = {table: _empty(first, table, rows) for table, rows in most.items()}
+        tiles = replace(first, **wide)
+        _refill(tiles, first)
+        tables.plans[name] = tiles
+        tables.kept.append(segments)
+        tables.fills.append(lambda: _refill(tiles, make()))
+    found: Tiles = tables.plans[name]
+    return found
+
+
+def roomy_query_tiles(
+    tables: replay.Tables, segments: Tensor, chain: Tensor, rows: int, group: int, block: int, device: torch.device
+) -> QueryTiles:
+    """Undivided tiles of a recording with `rows` queries, with room for any layout of so many segments and links."""
+    most = {"items": rows * group // block + len(segments), "links": len(chain)}
+    key = ("queries", group, block, device)
+    return _roomy(tables, segments, key, most, lambda: query_tiles(segments, chain, group, block, 0, 0, device))
+
+
+def roomy_key_tiles(
+    tables: replay.Tables,
+    segments: Tensor,
+    chain: Tensor,
+    rows: tuple[int, int],
+    group: int,
+    block: int,
+    most_rows: int,
+    device: torch.device,
+) -> KeyTiles:
+    """Tiles of keys of a recording with so many rows of queries and of keys, with room for any layout of so many
+    segments and links.
+
+    Two neighbouring groups of a range's readers have more than `most_rows` rows together, which bounds their number.
+    """
+    queries, keys = rows
+    shared = queries * group > most_rows
+    groups = 1 + 2 * queries * group // most_rows if shared else 1
+    tiles = keys // block + len(chain)
+    most = {"items": tiles * groups, "readers": len(chain), "sums": tiles if shared else 0}
+    made = _roomy(
+        tables, segments, ("keys", group, block, most_rows, device), most,
+        lambda: key_tiles(segments, chain, group, block, most_rows, device),
+    )  # fmt: skip
+    return replace(made, slots=tiles * groups if shared else 0)
+
+
+def _empty(tiles: Tiles, name: str, rows: int) -> Tensor:
+    table: Tensor = getattr(tiles, name)
+    return table.new_empty(rows, table.shape[1])
+
+
+def _refill(old: QueryTiles | KeyTiles, new: QueryTiles | KeyTiles) -> None:
     """Write a work list where another lies that has room for it; what is left over is work of no rows."""
-    for name in ("items", "links", "parts"):
+    for name in old.LISTS:
         target, source = getattr(old, name), getattr(new, name)
         assert len(source) <= len(target), (name, len(source), len(target))
         target[: len(source)].copy_(source, non_blocking=True)
         target[len(source) :].zero_()
+    if isinstance(old, KeyTiles):
+        old.items[len(new.items) :, 6] = NO_SLOT
 
 
 @dataclass(frozen=True)
@@ -59,6 +120,8 @@ class QueryTiles:
     """items [T, 6]: first query row, number of queries, position of the first, first row of the tile, links first:last.
     links [L, 3]: first key row, number of keys, position of the first. Parts [P, 5] of a split tile, where split:
     first query row, number of queries, first row, and items first:last that hold its parts."""
+
+    LISTS: ClassVar = ("items", "links", "parts")
 
     items: Tensor
     links: Tensor
@@ -72,12 +135,19 @@ class KeyTiles:
     readers first:last, slot of a partial sum or -1. readers [L, 3]: first query row, number of queries, position of
     the first. sums [P, 5]: first key row, keys of the range, first key of the tile, slots first:last."""
 
+    LISTS: ClassVar = ("items", "readers", "sums")
+
     items: Tensor
     readers: Tensor
     sums: Tensor
     slots: int
     covered: int
     """Key rows that some query may see."""
+
+
+Tiles = TypeVar("Tiles", QueryTiles, KeyTiles)
+NO_SLOT = -1
+"""In place of the slot of a tile whose sum is not shared."""
 
 
 def _first_positions(segments: Table, chain: Table) -> Table:
@@ -158,7 +228,7 @@ def key_tiles(
             if len(bounds) > 1:
                 sums.append((start, keys, at, slots, slots + len(bounds)))
             for bound in bounds:
-                items.append((start, keys, position, at, *bound, slots if len(bounds) > 1 else -1))
+                items.append((start, keys, position, at, *bound, slots if len(bounds) > 1 else NO_SLOT))
                 slots += len(bounds) > 1
     return KeyTiles(
         _int32(items, 7, device), _int32(readers, 3, device), _int32(sums, 5, device), slots,

@@ -174,3 +174,43 @@ def test_recorded_work_lists_are_filled_anew(
         truth = in_float64(attention.reference_forward, arguments)
         assert not excess("replayed", (out, lse), attention.reference_forward(*arguments), truth)
     assert len(tables.fills) == 1
+
+
+FOLLOWING = (
+    Forest(((0, 59, 0, 2),), ((59, 5, 0), (0, 59, 5)), 59, 15),
+    Forest(
+        ((0, 8, 0, 2), (8, 40, 2, 5), (48, 10, 5, 8), (58, 1, 8, 9)),
+        ((69, 5, 0), (0, 8, 5), (69, 5, 0), (0, 8, 5), (8, 40, 13), (69, 5, 0), (0, 8, 5), (48, 10, 13), (58, 1, 0)),
+        59,
+        15,
+    ),
+)
+"""Layouts of as many rows as LEARNED: one sequence, and a shared beginning of two behind another run's prefix."""
+
+
+@pytest.mark.parametrize(("most_rows", "window"), [(16384, 0), (20, 12)])
+def test_a_recorded_step_takes_any_layout_of_its_size(
+    most_rows: int, window: int, device: Any, small_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step recorded with one layout, then filled with others in place: each equals the reference on its own."""
+    monkeypatch.setattr(attention_backward, "MOST_ROWS", most_rows)
+    shape, recorded = Shape(2, 1, 16, window), replay.Tables(any_layout=True)
+    segments, chain = torch.zeros(6, 4, dtype=torch.int32), torch.zeros(12, 3, dtype=torch.int32)
+    for forest in (LEARNED, *FOLLOWING, LEARNED):
+        for table, rows in zip((segments, chain), forest.tables(), strict=True):
+            table.zero_()
+            table[: len(rows)] = rows
+        segments[len(forest.segments) :, 3] = 1
+        recorded.fill()
+        tensors, options = inputs(forest, shape, torch.float32, device), (0.3, window, 0.0, 0)
+        arguments = (*tensors, segments.clone(), chain.clone(), *options)
+        with replay.recording(recorded):
+            out, lse = forward_kernels.forward(*tensors, segments, chain, *options)
+            more = (torch.randn(out.shape).to(device), *tensors, out, lse)
+            gradients = attention_backward.backward(*more, segments, chain, *options)
+        truth = in_float64(attention.reference_forward, arguments)
+        assert not excess("replayed", (out, lse), attention.reference_forward(*arguments), truth)
+        arguments = (*more, *arguments[5:])
+        truth = in_float64(attention.reference_backward, arguments)
+        assert not excess("replayed", gradients, attention.reference_backward(*arguments), truth)
+    assert len(recorded.fills) == 2, "one list of queries for both directions, one of keys"
