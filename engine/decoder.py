@@ -27,6 +27,7 @@ from peftdyno.kernels.attention import AttentionShape, rotary_attention, rotated
 from peftdyno.kernels.glu import glu
 from peftdyno.kernels.head_norm import head_norm
 from peftdyno.kernels.label_loss import label_loss
+from peftdyno.kernels.library import watched
 from peftdyno.kernels.linear import linear
 from peftdyno.kernels.low_rank_input import Down, down_of, glu_down, rms_norm_down
 from peftdyno.kernels.nf4 import Weight
@@ -56,6 +57,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self.saved = Activations(self.activations, self.scope)
+        self.shapes = [self.attention_shape(i) for i in range(self.config.num_hidden_layers)]
         self.made: tuple[Tensor, Tensor] | None = None  # a product's input, and what its producer made of it
 
     @property
@@ -164,22 +166,27 @@ class Decoder:
             runs, picked = rows.pack.labels.row_runs, rows.pack.labels.rows
             delta, residual, normed = (x.index_select(0, picked) for x in (delta, residual, normed))
         delta = self.linear("o", i, weights.o, weights.o_bias, bank, runs, delta)
-        with self.scope.within(owner="adapter"):
-            delta = bank.branch(i, "attention", normed, delta, runs)
+        delta = self.branch("attention", i, bank, normed, delta, runs)
         if weights.attention_post_norm is not None:
             delta, _ = self.norm("attention_post_norm", i, weights.attention_post_norm, bank, runs, delta)
         normed, residual = self.norm("mlp_norm", i, weights.mlp_norm, bank, runs, residual, delta, site="gate_up")
         delta = self.mlp(i, weights, bank, runs, normed)
-        with self.scope.within(owner="adapter"):
-            delta = bank.branch(i, "mlp", normed, delta, runs)
+        delta = self.branch("mlp", i, bank, normed, delta, runs)
         if weights.mlp_post_norm is not None:
             delta, _ = self.norm("mlp_post_norm", i, weights.mlp_post_norm, bank, runs, delta)
         return residual, delta
 
+    def branch(self, place: str, i: int, bank: AdapterBank, entered: Tensor, delta: Tensor, runs: TokenRuns) -> Tensor:
+        """What the attention or the MLP adds to the residual stream, as the bank changes it."""
+        if not bank.has_branches:
+            return delta
+        with self.scope.within(owner="adapter"):
+            return bank.branch(i, place, entered, delta, runs)
+
     def attention(self, i: int, weights: LayerWeights, rows: Rows, bank: AdapterBank, normed: Tensor) -> Tensor:
         """Fused projections, head norms, rotary embedding and attention over the pack: [N, H d]."""
         qkv = self.linear("qkv", i, weights.qkv, weights.qkv_bias, bank, rows.runs, normed)
-        shape = self.attention_shape(i)
+        shape = self.shapes[i]
         cos, sin = rows.rotary[self.rope_theta(i)]
         if weights.q_norm is not None and weights.k_norm is not None:
             norms, plain = (weights.q_norm, weights.k_norm), qkv
@@ -257,10 +264,11 @@ class Decoder:
         x: Tensor,
     ) -> Tensor:
         """Product with the weight of a site and the bank's edits of it, or the bank's own product."""
-        with self.scope.within(owner="adapter"):
-            own = bank.product(i, site, x, weight, bias, runs)
-        if own is not None:
-            return own
+        if bank.replaces_products:
+            with self.scope.within(owner="adapter"):
+                own = bank.product(i, site, x, weight, bias, runs)
+            if own is not None:
+                return own
         border = bank.spare(i, site)
         room = border if x.stride(0) > x.shape[1] else 0  # rows picked for the labels come without spare columns
         u = self.made[1] if self.made is not None and self.made[0] is x else None
@@ -363,7 +371,8 @@ def _runs_of(rows: Sequence[int], runs: TokenRuns) -> TokenRuns:
 
 
 class _EnterLayer(torch.autograd.Function):
-    """Passes the stream through and tells the scope which layer runs: i going forward, i - 1 going back."""
+    """Passes the stream through and tells the scope which layer runs: i going forward, i - 1 going back; where a
+    dispatch mode asks."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, delta: Tensor | None, scope: Scope, i: int) -> Any:
@@ -379,7 +388,7 @@ class _EnterLayer(torch.autograd.Function):
 
 def _enter_layer(scope: Scope, i: int, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
     scope.layer = i
-    if not residual.requires_grad and (delta is None or not delta.requires_grad):
+    if not watched() or not (residual.requires_grad or (delta is not None and delta.requires_grad)):
         return residual, delta
     result: tuple[Tensor, Tensor | None] = _EnterLayer.apply(residual, delta, scope, i)  # type: ignore[no-untyped-call]
     return result

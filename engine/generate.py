@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.cache import KVCache
+from peftdyno.engine.collector import settled_objects
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.graphs import DecodeGraphs, GraphChoice, Recorder, Step, recorder_for, warn_once
 from peftdyno.engine.pack import Pack, Sequence, build_pack
@@ -19,6 +20,7 @@ from peftdyno.kernels.attention import AttentionLayout
 
 
 @torch.no_grad()
+@settled_objects()
 def generate(
     decoder: Decoder,
     bank: AdapterBank,

@@ -228,8 +228,8 @@ class AttentionShape:
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of fused rows as heads: q [N, H, d], k and v [N, K, d]."""
         q, k, d = self.num_heads, self.num_key_value_heads, self.head_dim
-        heads = qkv.unflatten(1, (q + 2 * k, d))
-        return heads[:, :q], heads[:, q : q + k], heads[:, q + k :]
+        queries, keys, values = qkv.view(-1, q + 2 * k, d).split((q, k, k), 1)
+        return queries, keys, values
 
     def score_options(self) -> tuple[float, int, float]:
         """(scale, window or 0, softcap or 0) as the operators take them."""

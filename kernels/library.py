@@ -49,16 +49,27 @@ COSTS: dict[str, CostFormula] = {}
 """Operator name -> cost formula; the counting mode refuses a `peftdyno` operator that is not here."""
 
 
+def watched() -> bool:
+    """Whether a dispatch mode sees the operators that run now (one that counts, times or only finds shapes)."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 @dataclass(frozen=True)
 class Primitive:
-    """One operator: its name, schema, implementations by kind (`reference` always there), shape rule and cost."""
+    """One operator: its name, its implementations by kind (`reference` always there), and torch's operator `call`.
+
+    A call goes through torch's operator only where someone watches: twice through the dispatcher, it takes longer than
+    the small kernels themselves.
+    """
 
     name: str
     implementations: dict[str, Callable[..., Any]]
     call: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
+        if watched() or args[0].is_meta:
+            return self.call(*args)
+        return self.implementations[dispatch.choose(self.name, self.implementations, args[0].device)](*args)
 
 
 PRIMITIVES: dict[str, Primitive] = {}

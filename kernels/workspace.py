@@ -58,7 +58,7 @@ def _linear_backward(dy: Tensor, weight: Tensor) -> Workspace:
 def _label_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float, need_gradient: bool) -> Workspace:
     rows = min(x.shape[0], label_loss_rows())
     logits = x.new_empty(rows, head.shape[0], device="meta")
-    held = logits.numel() * x.element_size()
+    held = rows * torch.ops.peftdyno_cpu.label_loss_stride(head.shape[0], x.element_size()) * x.element_size()
     forward = own_product(x[:rows], head.shape[0], transposed=True)
     backward = own_product(logits, x.shape[1], transposed=False) if need_gradient else None
     return Workspace(during_products=held, otherwise=held + max(forward or 0, backward or 0))

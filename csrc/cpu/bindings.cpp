@@ -59,6 +59,7 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
   m.def("forget_packed(Tensor weight) -> ()", &peftdyno::forget_packed);
   m.def("packed_bytes(int[] shape, bool bf16) -> int", &peftdyno::packed_bytes);
   m.def("label_loss_chunk() -> int", &peftdyno::label_loss_chunk);
+  m.def("label_loss_stride(int vocabulary, int element_size) -> int", &peftdyno::label_loss_stride);
   m.def("isa() -> str", &peftdyno::isa);
   m.def("use_isa(str name) -> ()", [](c10::string_view name) { peftdyno::use_isa(std::string(name).c_str()); });
   m.def("memory_start() -> ()", &peftdyno::memory_start);

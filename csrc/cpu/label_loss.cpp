@@ -14,6 +14,12 @@ int64_t label_loss_chunk() {
   return CHUNK_ROWS;
 }
 
+// Rows a multiple of a kibibyte apart fall on the same few lines of the first-level cache when their gradient is
+// multiplied with the head.
+int64_t label_loss_stride(int64_t vocabulary, int64_t element_size) {
+  return vocabulary * element_size % 1024 == 0 ? vocabulary + 64 / element_size : vocabulary;
+}
+
 std::tuple<Tensor, Tensor> label_loss(const Tensor& x_any, const Tensor& head, const Tensor& targets_any,
                                       double softcap, bool need_gradient) {
   const Tensor x = with_unit_columns(x_any), targets = targets_any.to(at::kLong).contiguous();
@@ -25,7 +31,8 @@ std::tuple<Tensor, Tensor> label_loss(const Tensor& x_any, const Tensor& head, c
   }
   Tensor loss = empty_float({n}, x);
   Tensor gradient = need_gradient ? at::empty({n, x.size(1)}, x.options()) : at::empty({0}, x.options());
-  Tensor buffer = at::empty({std::min(n, CHUNK_ROWS), vocabulary}, x.options());
+  const int64_t stride = label_loss_stride(vocabulary, x.element_size());
+  const Tensor buffer = empty_with_spare(std::min(n, CHUNK_ROWS), vocabulary, stride - vocabulary, x);
   for (int64_t start = 0; start < n; start += CHUNK_ROWS) {
     const int64_t rows = std::min(CHUNK_ROWS, n - start);
     Tensor logits = buffer.narrow(0, 0, rows);

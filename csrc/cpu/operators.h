@@ -73,6 +73,7 @@ std::tuple<int64_t, int64_t> lora_workspace(int64_t width, IntArrayRef ranks, In
 std::tuple<int64_t, int64_t> lora_backward_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows,
                                                      IntArrayRef run_offsets, bool bf16, bool need_x);
 int64_t label_loss_chunk();
+int64_t label_loss_stride(int64_t vocabulary, int64_t element_size);
 std::string isa();
 void memory_start();
 std::tuple<int64_t, int64_t, int64_t> memory_stop();

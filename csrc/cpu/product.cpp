@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t DEPTH_BLOCK = 768, DEEP_BLOCK = 384;  // of the depth; the second where it is many blocks
 constexpr int64_t LEFT_BYTES = 768 << 10;               // of the left factor that pass by while panels stay in cache
 constexpr int64_t FEW_ROWS = 64;                        // fewer read panels faster than the library reads weights
-constexpr int64_t MANY_ROWS = 384, DEEP = 2048, DEEPEST = 8192;  // the library is slow at dy W of such shapes
+constexpr int64_t MANY_ROWS = 384, DEEP = 2048;         // the library is slow at dy W of such shapes
 
 struct Blocks {
   int64_t depth, rows, row_shares, panel_shares;
@@ -80,7 +80,7 @@ void by_library(const Tensor& left, const Tensor& right, Tensor& out, const Prod
 bool own_product(bool bf16, int64_t rows, int64_t depth, bool transposed, bool packed) {
   if (!bf16 || kernels().product == nullptr || rows == 0 || depth % 32 != 0) return false;
   if (packed && rows < FEW_ROWS) return true;
-  return !transposed && rows >= MANY_ROWS && depth >= DEEP && depth <= DEEPEST;
+  return !transposed && rows >= MANY_ROWS && depth >= DEEP;
 }
 
 int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool packed) {

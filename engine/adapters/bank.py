@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class AdapterBank:
     """(learning rate factor, first column, last column + 1) of ranges of `flat`."""
     buffers: dict[str, Any] = field(default_factory=dict)
     """What a method derived from the base weights once."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """What is the same at every step and was found at the first."""
     state: dict[str, Any] = field(default_factory=dict)
     """What a method computed for this step."""
     step: int = 0
@@ -159,6 +162,16 @@ class AdapterBank:
     def keys(self, purpose: str, layer: int) -> list[int]:
         """The 64-bit key of each run for this step's random stream of a purpose in a layer."""
         return [stream_key(seed, purpose, self.step, layer) for seed in self.seeds]
+
+    @cached_property
+    def replaces_products(self) -> bool:
+        """Whether `product` may give anything."""
+        return type(self.method).product is not Method.product
+
+    @cached_property
+    def has_branches(self) -> bool:
+        """Whether `branch` changes anything."""
+        return type(self.method).branch is not Method.branch
 
     def linear(self, layer: int, site: str) -> LinearEdits | None:
         """Edits of a fused product."""

@@ -200,6 +200,10 @@ class LoRA(Method):
         for place in self.biased(bank.config):
             bank.parameters[f"{place_name(place)}.bias"][run].copy_(bank.buffers[f"{place_name(place)}.bias"])
 
+    def unrecordable(self) -> str:
+        copied = "DoRA" if self.dora else "lora_bias" if self.lora_bias else ""
+        return f"LoRA with {copied} copies its scalings to the device at every step" if copied else ""
+
     def prepare(self, bank: AdapterBank) -> None:
         bank.state["derived"] = derived = Derived()
         scales: dict[Place, Tensor] = {}
@@ -224,6 +228,19 @@ class LoRA(Method):
         return [place for place in places if f"{place_name(place)}.A" in bank.parameters]
 
     def linear(self, bank: AdapterBank, layer: int, site: str) -> LinearEdits | None:
+        edits, places = self._edits(bank, layer, site)
+        if edits is None or not (self.dropout and bank.training and places):
+            return edits
+        keys = torch.tensor([bank.keys(f"dropout.{module}", layer) for _, module in places])
+        return replace(edits, dropout=self.dropout, keys=keys)
+
+    def _edits(self, bank: AdapterBank, layer: int, site: str) -> tuple[LinearEdits | None, list[Place]]:
+        """Edits without dropout, and the places of their low-rank terms; the same at every step where `prepare`
+        computes nothing."""
+        known, steady = f"edits.{layer}.{site}", bank.state.keys() == {"derived"}
+        if steady and known in bank.fixed:
+            found: tuple[LinearEdits | None, list[Place]] = bank.fixed[known]
+            return found
         places, rows = self.at(bank, layer, site), module_rows(bank.config, site)
         scales, shifts = (
             tuple(
@@ -233,12 +250,11 @@ class LoRA(Method):
             )
             for kind in ("scale", "shift")
         )
-        if not (places or shifts):
-            return None
         low_rank = tuple(_term(bank, place, rows[place[1]]) for place in places)
-        dropout = self.dropout if bank.training and places else 0.0
-        keys = torch.tensor([bank.keys(f"dropout.{module}", layer) for _, module in places]) if dropout else None
-        return LinearEdits(low_rank=low_rank, scales=scales, shifts=shifts, dropout=dropout, keys=keys)
+        edits = LinearEdits(low_rank=low_rank, scales=scales, shifts=shifts) if places or shifts else None
+        if steady:
+            bank.fixed[known] = edits, places
+        return edits, places
 
     def spare(self, bank: AdapterBank, layer: int, site: str) -> int:
         ranks = 0
