@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +40,8 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 class Worker:
-    """One side's process. It serves one job at a time and is silent on its standard output."""
+    """One side's process. It serves one job at a time and is silent on its standard output; what it writes to standard
+    error is kept in a file and shown where something fails."""
 
     def __init__(self, side: str, environment: Mapping[str, str]) -> None:
         self.side = side
@@ -48,13 +51,16 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
         }
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.errors,
             env={**os.environ, **quiet, **environment},
         )
         self.pending = b""
+        self.shown = 0
 
     def open(self, job: str, timeout: float | None = None, **settings: Any) -> Any:
         """Replace the worker's job; its settings are the job's fields."""
@@ -68,12 +74,14 @@ class Worker:
         """End the process."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # a request that an ended process did not take
+                pipe.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.errors.close()
 
     def _ask(self, request: dict[str, Any], timeout: float | None) -> Any:
         assert self.process.stdin is not None
@@ -84,6 +92,7 @@ class Worker:
             raise self._ended() from None
         reply = json.loads(self._line(timeout))
         if "error" in reply:
+            self._show_errors()
             raise WorkerError(f"{self.side}: {reply['error']}")
         return reply["result"]
 
@@ -95,6 +104,7 @@ class Worker:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             if not select.select([descriptor], [], [], left)[0]:
                 self.process.kill()
+                self._show_errors()
                 raise WorkerTimeout(f"{self.side}: no answer after {timeout:.0f} s")
             piece = os.read(descriptor, 1 << 16)
             if not piece:
@@ -104,4 +114,14 @@ class Worker:
         return line
 
     def _ended(self) -> WorkerError:
-        return WorkerError(f"{self.side}: the process ended with status {self.process.wait()}")
+        status = self.process.wait()
+        last = self._show_errors()
+        return WorkerError(f"{self.side}: the process ended with status {status}{': ' if last else ''}{last}")
+
+    def _show_errors(self) -> str:
+        """Pass what the worker wrote to standard error since the last time on to ours; its last line."""
+        new = os.pread(self.errors.fileno(), os.fstat(self.errors.fileno()).st_size - self.shown, self.shown)
+        self.shown += len(new)
+        text = new.decode(errors="replace")
+        sys.stderr.write(text)
+        return next(reversed(text.strip().splitlines()), "")

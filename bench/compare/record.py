@@ -24,13 +24,18 @@ def module_command(module: str) -> str:
 
 
 def section_record(
-    rows: Sequence[Row], seconds: float, error: str, settings: Mapping[str, Any], threads: int
+    rows: Sequence[Row],
+    seconds: float,
+    error: str,
+    settings: Mapping[str, Any],
+    threads: int,
+    module: str = "peftdyno.bench.compare",
 ) -> dict[str, Any]:
-    """All that is known of one finished or failed section."""
+    """All that is known of one finished or failed section, which this process measured as `module`."""
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
-        "command": module_command("peftdyno.bench.compare"),
+        "command": module_command(module),
         "versions": machine.versions(),
         "machine": {**machine.machine(), "threads": threads},
         "git": machine.git(),

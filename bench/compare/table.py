@@ -13,10 +13,10 @@ HEADER = ("workload", "against", "unit", "ours", "reference", "ratio", "goal", "
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table, and below it the notes and how equal work was seen."""
-    lines = [_line(HEADER), _line(["---"] * len(HEADER))]
+    lines = [line(HEADER), line(["---"] * len(HEADER))]
     remarks = []
     for number, row in enumerate(rows, start=1):
-        lines.append(_line([f"{number}. {row.workload}", row.against, row.unit, *_figures(row)]))
+        lines.append(line([f"{number}. {row.workload}", row.against, row.unit, *_figures(row)]))
         text = "; ".join(filter(None, [_equal(row), row.note]))
         if text:
             remarks.append(f"{number}. {text}")
@@ -28,10 +28,10 @@ def _figures(row: Row) -> list[str]:
     times = "x" if row.reference else ""
     goal = "" if row.goal is None else f"{sign} {row.goal:g}{times}"
     met = {True: "yes", False: "no", None: ""}[row.met]
-    return [_range(row.ours), _range(row.reference), _range(row.ratios, "x"), goal, met]
+    return [spread(row.ours), spread(row.reference), spread(row.ratios, "x"), goal, met]
 
 
-def _range(values: Sequence[float], unit: str = "") -> str:
+def spread(values: Sequence[float], unit: str = "") -> str:
     """Median [least, most]."""
     if not values:
         return "-"
@@ -61,5 +61,6 @@ def _closest(check: Mapping[str, Any], what: str) -> str:
     return f"{what} within {error:.2g} of fp32's (allowed {limit:.2g})"
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

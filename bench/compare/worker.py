@@ -21,6 +21,7 @@ JOBS = {
     "plain.steps": "plain_loop:PlainSteps",
     "trainer.training": "hf_trainer:TrainerRuns",
     "transformers.generation": "hf_generation:Generation",
+    "choices": "choices.subjects:Subject",
 }
 """Job -> module of this folder and class; a job's public methods take and return what JSON can say."""
 

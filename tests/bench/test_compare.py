@@ -1,11 +1,9 @@
-"""The side-by-side harness: turns, ratios, the check of equal work, the worker processes, the record and the table."""
+"""The side-by-side harness: turns, ratios, the check of equal work, the record and the table."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import torch
 from peftdyno.bench.compare import __main__ as command
 from peftdyno.bench.compare import equal_work, products, quality
 from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, UnequalWork, check_steps, check_tokens
-from peftdyno.bench.compare.link import Worker, WorkerError, WorkerTimeout, thread_environment
 from peftdyno.bench.compare.memory import resident_peak, storage_bytes, traced_peak
 from peftdyno.bench.compare.product_section import product_rows
 from peftdyno.bench.compare.record import Results, section_record
@@ -124,6 +121,35 @@ def test_equal_work_is_judged_by_the_references_own_error():
     wide = LabelNoise([1.0, 2.0, 3.0, 4.0], [1.01, 1.99, 3.01, 3.99])
     chance = equal_work.SPREADS * 0.01 / 2
     assert check_steps(NEAR, REFERENCE, EXACT, wide)["loss_limits"] == pytest.approx([2 * chance] * 3)
+
+
+def noise_of(error: float, independent: int | None = None) -> LabelNoise:
+    """Four labels that err by as much, two each way."""
+    exact = [1.0, 2.0, 3.0, 4.0]
+    return LabelNoise([a + (-1) ** i * error for i, a in enumerate(exact)], exact, independent)
+
+
+def test_labels_that_share_their_errors_count_as_fewer():
+    assert noise_of(0.01).standard_error() == pytest.approx(0.01 / 2)
+    assert noise_of(0.01, independent=4).standard_error() == pytest.approx(0.01 / 2)
+    assert noise_of(0.01, independent=1).standard_error() == pytest.approx(0.01)
+    one, all_four = (check_steps(NEAR, REFERENCE, EXACT, noise_of(0.01, n))["loss_limits"] for n in (1, 4))
+    assert one == pytest.approx([2 * limit for limit in all_four])
+
+
+def test_chance_moves_the_norm_as_it_moves_the_loss():
+    def limit(noise: LabelNoise, norms: list[float]) -> float:
+        return check_steps(Trajectory(EXACT.losses, norms), REFERENCE, EXACT, noise)["norm_limits"][0]
+
+    roundings = equal_work.GRADIENT_ROUNDINGS * equal_work.BF16_ROUNDING
+    assert limit(noise_of(0.0), EXACT.norms) == pytest.approx(2 * 0.01 + roundings)
+    relative = equal_work.SPREADS * (0.1 / 2) / min(EXACT.losses)
+    assert limit(noise_of(0.1), EXACT.norms) == pytest.approx(2 * relative + roundings)
+    assert limit(noise_of(0.1, independent=1), EXACT.norms) == pytest.approx(4 * relative + roundings)
+    within = [norm * (1 + 2 * relative) for norm in EXACT.norms]
+    limit(noise_of(0.1), within)
+    with pytest.raises(UnequalWork, match="norm of step 1"):
+        limit(noise_of(0.0), within)
 
 
 @pytest.mark.parametrize(
@@ -256,57 +282,6 @@ def test_generation_answers_alike(model, tmp_path):
     assert [len(tokens) for tokens in found["fp32"]] == [6] * 5 and mine.measure()["units"] == 30
     ended = job_class("transformers.generation")(eos_ids=[found["bf16"][0][2]], batch=2, **settings)
     assert ended.tokens(6)[0] == found["bf16"][0][:2]
-
-
-@pytest.fixture(scope="module")
-def worker():
-    process = Worker("ours", thread_environment(1))
-    yield process
-    process.close()
-
-
-def test_a_worker_serves_jobs_and_names_faults(worker, model):
-    with pytest.raises(WorkerError, match=r"ours: UserError.*ours\.steps"):
-        worker.open("ours.step")
-    settings = {"model": model, "method": "lora", "options": LORA, "batches": [rows(2)], "learning_rate": 1e-3}
-    worker.open("ours.steps", **settings)
-    assert len(worker.call("trajectory", steps=2)["losses"]) == 2
-    sample = worker.call("measure", steps=3)
-    assert sample["units"] == 3 and sample["seconds"] > 0
-    with pytest.raises(WorkerError, match="TypeError"):
-        worker.call("measure", wrong=1)
-    assert worker.call("measure_memory")["peak_bytes"] > 1e7
-
-
-def test_an_idle_worker_uses_no_processor_time(worker):
-    def processor_time() -> int:
-        fields = Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
-    with pytest.raises(WorkerError):
-        worker.open("nothing")
-    time.sleep(0.2)
-    before = processor_time()
-    time.sleep(0.5)
-    assert (processor_time() - before) / os.sysconf("SC_CLK_TCK") < 0.1
-
-
-def test_a_worker_that_takes_too_long_is_ended(model):
-    slow = Worker("slow", thread_environment(1))
-    try:
-        with pytest.raises(WorkerTimeout, match="slow: no answer after 0 s"):
-            slow.open("ours.steps", 0.01, model=model)
-        with pytest.raises(WorkerError, match="ended"):
-            slow.call("measure", steps=1)
-    finally:
-        slow.close()
-
-
-def test_the_users_wait_policy_is_kept(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert thread_environment(3)["OMP_WAIT_POLICY"] == "PASSIVE" and thread_environment(3)["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert thread_environment(3)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_every_job_has_its_class():

@@ -1,0 +1,1 @@
+"""What stands behind the decisions in docs/: alternatives measured in turns, a subject a file."""

@@ -1,0 +1,122 @@
+"""The library's product against the program's own operators at the shapes of a step and of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from peftdyno.bench.compare.choices.lines import Line, Values, giga, rounds
+from peftdyno.bench.compare.choices.setting import Setting
+from peftdyno.bench.compare.turns import Measure, in_turns, timed
+from peftdyno.engine.adapters.method import SITES
+from peftdyno.engine.weights import field_shape
+from peftdyno.kernels import cpu, linear
+from peftdyno.kernels.panels import drop_panels, keep_panels, panel_bytes
+from peftdyno.kernels.workspace import own_product
+
+Product = Callable[[Tensor, Tensor], Tensor]
+OVER = (("operator", "library"),)
+
+
+def products(setting: Setting) -> list[Line]:
+    """Forward and backward with one weight again and again and with a different one each time, then few rows."""
+    sizes = setting.sizes
+    rows = sizes.batch * sizes.length
+    lines = []
+    for site in SITES:
+        weights = _weights(setting, site)
+        lines += _step_lines(site, rows, weights, setting.repeats)
+        lines.append(_panel_line(site, sizes.few_rows, weights, setting.repeats))
+    return lines
+
+
+def _weights(setting: Setting, site: str) -> list[Tensor]:
+    """As many different weights [out, in] of a site as are gone through."""
+    shape = field_shape(setting.config, site)
+    return [torch.randn(shape).to(torch.bfloat16) for _ in range(setting.sizes.copies)]
+
+
+def _step_lines(site: str, rows: int, weights: Sequence[Tensor], repeats: int) -> list[Line]:
+    """y = x W^T and dx = dy W by library and operator, with the first weight alone and with all of them."""
+    out, depth = weights[0].shape
+    x, dy = (torch.randn(rows, n).to(torch.bfloat16) for n in (depth, out))
+    lines = []
+    for direction, left, library, operator in (
+        ("forward", x, _library_forward, _operator_forward),
+        ("dx", dy, torch.mm, linear.BACKWARD),
+    ):
+        mine = _own(left, out if direction == "forward" else depth, direction == "forward")
+        for state, used in (("hot", weights[:1]), ("rotated", weights)):
+            measures = {
+                "library": _measure(library, left, used),
+                "operator": _measure(operator, left, used, later=True),
+            }
+            cells = _rates(measures, len(weights), repeats)
+            what = f"{direction} {rows} x {left.shape[1]} x {out if direction == 'forward' else depth}, {state}; {mine}"
+            lines.append(Line(name=f"{direction}_{site}_{state}", what=what, unit="GFLOP/s", cells=cells, over=OVER))
+    return lines
+
+
+def _panel_line(site: str, rows: int, weights: Sequence[Tensor], repeats: int) -> Line:
+    """Few rows by the operator with weights as they are and kept as panels."""
+    out, depth = weights[0].shape
+    x = torch.randn(rows, depth).to(torch.bfloat16)
+    names = {"name": f"few_{site}", "what": f"forward {rows} x {depth} x {out}, rotated", "unit": "GFLOP/s"}
+    measures = {"operator": _measure(_operator_forward, x, weights)}
+    if not panel_bytes(weights[0]):
+        return Line(**names, cells=_rates(measures, len(weights), repeats), note="this processor has no panels")
+    with _panels(weights) as kept:
+        measures["panels"] = _measure(_operator_forward, x, kept)
+        cells = _rates(measures, len(weights), repeats)
+    return Line(**names, cells=cells, over=(("panels", "operator"),))
+
+
+@contextmanager
+def _panels(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of weights that are kept as panels for as long as it lasts."""
+    copies = [weight.clone() for weight in weights]
+    for weight in copies:
+        keep_panels(weight)
+    try:
+        yield copies
+    finally:
+        for weight in copies:
+            drop_panels(weight)
+
+
+def _rates(measures: Mapping[str, Measure], calls: int, repeats: int) -> dict[str, Values]:
+    """GFLOP/s by column: a round is so many calls of each, one and one in turn, for the machine's speed changes faster
+    than a round passes."""
+    samples = in_turns(measures, repeats * calls, warm_ups=calls)
+    return {name: giga(rounds(found, calls)) for name, found in samples.items()}
+
+
+def _measure(product: Product, left: Tensor, weights: Sequence[Tensor], later: bool = False) -> Measure:
+    """A turn: the product with the next weight, or with the one half of them `later`, which the other side has not
+    just read; units are FLOPs."""
+    count, shift = len(weights), len(weights) // 2 if later else 0
+    flops = 2 * left.shape[0] * weights[0].numel()
+
+    def work(weight: Tensor) -> float:
+        product(left, weight)
+        return flops
+
+    return lambda turn: timed(lambda: work(weights[(turn + shift) % count]))
+
+
+def _library_forward(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x, weight.t())
+
+
+def _operator_forward(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = linear.FORWARD(x, weight, None, 0)
+    return y
+
+
+def _own(left: Tensor, columns: int, transposed: bool) -> str:
+    """Who multiplies in the operator."""
+    own = cpu.AVAILABLE and own_product(left, columns, transposed=transposed) is not None
+    return "own product" if own else "the operator calls the library too"
