@@ -11,7 +11,6 @@ from torch import Tensor
 
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.cache import KVCache
-from peftdyno.engine.collector import settled_objects
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.graphs import DecodeGraphs, GraphChoice, Recorder, Step, recorder_for, warn_once
 from peftdyno.engine.pack import Pack, Sequence, build_pack
@@ -20,7 +19,6 @@ from peftdyno.kernels.attention import AttentionLayout
 
 
 @torch.no_grad()
-@settled_objects()
 def generate(
     decoder: Decoder,
     bank: AdapterBank,

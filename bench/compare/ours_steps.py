@@ -17,7 +17,6 @@ from peftdyno.bench.compare.turns import timed
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.adapters import method_class
 from peftdyno.engine.adapters.bank import AdapterBank
-from peftdyno.engine.collector import settled_objects
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.families import Family
 from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_norms
@@ -97,9 +96,8 @@ class OurSteps:
         return None if traced is None else {"held": held, "step": traced}
 
     def _run(self, steps: int) -> int:
-        with settled_objects():
-            for _ in range(steps):
-                self.take_step()
+        for _ in range(steps):
+            self.take_step()
         return steps
 
     def take_step(self) -> tuple[float, float]:
