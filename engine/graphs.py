@@ -24,6 +24,7 @@ from peftdyno.engine.pack import Pack
 from peftdyno.kernels import attention, dispatch, replay
 from peftdyno.kernels.adapted_linear import TokenRuns
 from peftdyno.kernels.attention import AttentionLayout
+from peftdyno.kernels.library import watched
 
 GraphChoice = Literal["auto", "on", "off"]
 LEAST_STEPS = 16
@@ -92,7 +93,7 @@ def recorder_for(choice: GraphChoice | Recorder, device: torch.device, num_steps
     if choice == "off" or device.type != "cuda":
         return None
     triton = dispatch.choose("attention", attention.FORWARD.implementations, device) == "triton"
-    counted = torch._C._len_torch_dispatch_stack() > 0
+    counted = watched()
     if choice == "on":
         if not triton:
             raise UserError("--graphs on: only Triton's kernels can be recorded; give --kernels auto or triton")
@@ -121,7 +122,7 @@ class Step:
 
 
 @dataclass
-class _GivenAngles(Decoder):
+class GivenAngles(Decoder):
     """The decoder with rotary angles that lie where a recording reads them."""
 
     angles: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -138,7 +139,7 @@ class _Recording:
     offsets: tuple[int, ...]
     inputs: Tensor
     layout: AttentionLayout
-    decoder: _GivenAngles
+    decoder: GivenAngles
     tables: replay.Tables = field(default_factory=replay.Tables)
     again: Callable[[], Tensor] | None = None
 
@@ -226,7 +227,7 @@ class DecodeGraphs:
         inputs = torch.zeros(3, sum(widths), dtype=torch.int64, device=self.pack.tokens.device)
         sizes = (sum(widths), 4), (len(chain), 3)
         layout = AttentionLayout(*(torch.zeros(size, dtype=torch.int32) for size in sizes))
-        decoder = _GivenAngles(self.decoder.config, self.decoder.weights, self.decoder.scope)
+        decoder = GivenAngles(self.decoder.config, self.decoder.weights, self.decoder.scope)
         decoder.angles = Decoder.rotary(decoder, inputs[1])
         recording = _Recording(offsets, inputs, layout, decoder)
         recording.fill(self.cache, replace(step, made=longest))

@@ -20,9 +20,11 @@ from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.batching import Example, packs_of, training_sequences
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
+from peftdyno.engine.graphs import GraphChoice, Recorder
 from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_norms
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.step_graphs import StepGraphs, step_graphs
 
 SharePrefix = Literal["auto", "on", "off"]
 
@@ -55,6 +57,8 @@ class TrainConfig:
     evaluation_batch: int = 32
     save_every: float = 0.05
     log_every: int = 1
+    graphs: GraphChoice | Recorder = "auto"
+    """Whether micro-batches are recorded and replayed (`step_graphs`)."""
 
 
 @dataclass
@@ -113,6 +117,7 @@ def train(
     state = _initial_state(bank, data, config)
     metrics = _resume(state, folder, fingerprint)
     share = shares_prefix(config.share_prefix, bank.method)
+    graphs = step_graphs(config.graphs, decoder, bank, num_steps - state.step)
     with metrics:
         while state.step < num_steps:
             step = state.step
@@ -126,7 +131,7 @@ def train(
                 ]
                 packs = packs_of(sequences, state.micro_batch, share, bank.root)
             try:
-                losses, num_tokens = forward_backward(decoder, bank, packs, step, ledger)
+                losses, num_tokens = forward_backward(decoder, bank, packs, step, ledger, graphs)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 ledger.abandon_step()
                 _halve_micro_batch(state, error, step, folder)
@@ -134,6 +139,9 @@ def train(
             with ledger.phase("optimizer", owner="adapter", layer=-1):
                 record = _update(state, data, losses, live) | {"tokens": num_tokens}
             ledger.end_step()
+            if graphs is not None and graphs.complaint:
+                state.events.append(graphs.complaint)
+                graphs = None
             if _due(state.step, num_steps, config.evaluate_every):
                 with ledger.phase("evaluation"):
                     record["validation_loss"] = _validate(decoder, state, data, config)
@@ -167,12 +175,20 @@ def _update(
 
 
 def forward_backward(
-    decoder: Decoder, bank: AdapterBank, packs: Sequence[Pack], step: int, ledger: Ledger
+    decoder: Decoder,
+    bank: AdapterBank,
+    packs: Sequence[Pack],
+    step: int,
+    ledger: Ledger,
+    graphs: StepGraphs | None = None,
 ) -> tuple[list[float], int]:
     """Gradients of a step's packs into `bank.gradient`; each run's loss and the number of tokens computed.
 
-    A run's loss is the sum over its labels of weight * cross-entropy: their mean where the weights say so.
+    A run's loss is the sum over its labels of weight * cross-entropy: their mean where the weights say so. A step that
+    `graphs` takes is replayed.
     """
+    if graphs is not None and graphs.takes(packs, ledger):
+        return graphs.forward_backward(packs, step, ledger)
     with ledger.phase("forward", owner="adapter", layer=-1):
         bank.zero_grad()
         bank.begin(step, training=True)

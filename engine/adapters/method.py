@@ -124,6 +124,11 @@ class Method:
         """Whether training draws random masks, so that a shared prefix is another sample of the same expectation."""
         return False
 
+    def unrecordable(self) -> str:
+        """Why a training step of the method cannot be recorded and replayed, or nothing: a recording repeats what ran
+        on the device, not what Python computes from the step or copies there."""
+        return ""
+
     def prepare(self, bank: AdapterBank) -> None:
         """Compute what the step's hooks need, once a step, into `bank.state`."""
 

@@ -93,6 +93,9 @@ class PTuning(Encoder):
     def stored_count(self, config: DecoderConfig) -> int:
         return self.num_virtual_tokens * config.hidden_size
 
+    def unrecordable(self) -> str:
+        return "p-tuning's LSTM draws its dropout with keys that the host reads" if self.encoder == "lstm" else ""
+
     def encode(self, bank: AdapterBank) -> tuple[Tensor]:
         masks = None
         if bank.training and self.encoder == "lstm":

@@ -136,10 +136,10 @@ def test_a_broken_run_leaves_the_others_untouched(tmp_path):
 def test_out_of_memory_halves_the_micro_batch(tmp_path, monkeypatch):
     real = loop.forward_backward
 
-    def limited(decoder, bank, packs, step, ledger):
+    def limited(decoder, bank, packs, *rest):
         if max(len(pack.leaves) for pack in packs) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return real(decoder, bank, packs, step, ledger)
+        return real(decoder, bank, packs, *rest)
 
     expected = trained(tmp_path / "roomy")
     monkeypatch.setattr(loop, "forward_backward", limited)
@@ -208,10 +208,10 @@ def test_interrupted_anywhere_ends_with_the_same_bits(tmp_path, monkeypatch, ste
     run_job(tmp_path / "whole")
     real = loop.forward_backward
 
-    def dies(decoder, bank, packs, at, ledger):
+    def dies(decoder, bank, packs, at, *rest):
         if at == step:
             raise KeyboardInterrupt
-        return real(decoder, bank, packs, at, ledger)
+        return real(decoder, bank, packs, at, *rest)
 
     monkeypatch.setattr(loop, "forward_backward", dies)
     with pytest.raises(KeyboardInterrupt):

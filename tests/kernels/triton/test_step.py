@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftdyno.engine import pack_padding, step_graphs
+from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.border import lay_borders
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.families import config_from_hf
-from peftdyno.engine.pack import Sequence, build_pack
+from peftdyno.engine.graphs import EagerRecorder
+from peftdyno.engine.pack import Pack, Sequence, build_pack
+from peftdyno.engine.train import forward_backward
 from peftdyno.engine.weights import random_weights
 from peftdyno.kernels import dispatch, tuning
 from peftdyno.kernels.low_rank_input import Down
@@ -87,3 +92,45 @@ def test_producers_that_make_the_low_rank_input(device: torch.device, monkeypatc
     expected_losses, expected = gradients("lora", "reference", device, False)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+SHAPES = [[(0, 3), (0, 6), (1, 2), (1, 3)], [(0, 8), (0, 1), (1, 4), (1, 1)]]
+"""Two packs of one size: (run, tokens of its own) of sequences that begin alike."""
+
+
+def forest(shape: list[tuple[int, int]]) -> Pack:
+    sequences = [
+        Sequence(tokens=(1, 7, *range(9 + i, 10 + i + n)), num_prompt=2, run=run, ordinal=i)
+        for i, (run, n) in enumerate(shape)
+    ]
+    return build_pack(sequences, num_runs=2, share_prefix=True)
+
+
+def test_a_recorded_step_computes_another_pack(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two packs at two steps by one recording, whose work lists and keys are filled anew, in bordered products.
+
+    The recorder stands in for CUDA graphs: it runs the same kernels on the same buffers again."""
+    for name in ("LEAST_ROWS", "LEAST_LABELS"):
+        monkeypatch.setattr(pack_padding, name, 1)
+    monkeypatch.setattr(step_graphs, "NUM_CHECKED", 1)
+    config = config_from_hf(FIELDS | {"num_hidden_layers": 1})
+    weights = random_weights(config, torch.float32, device=device)
+    bank = AdapterBank.create(config, [METHODS["lora"](**METHOD_OPTIONS["lora"])] * 2, [1, 2], weights)
+    with torch.no_grad():
+        bank.flat.add_(0.1 * torch.randn(bank.flat.shape, generator=torch.Generator().manual_seed(1)).to(device))
+    lay_borders(weights, bank)
+    decoder, ledger, before = Decoder(config, weights), Ledger(Scope(), on=False), dispatch.current()
+    steps, found = step_graphs.StepGraphs(decoder, bank, EagerRecorder()), []
+    dispatch.use("triton")
+    try:
+        for i, shape in enumerate(SHAPES):
+            losses, _ = forward_backward(decoder, bank, [forest(shape)], i, ledger, steps)
+            found.append((losses, bank.gradient.clone()))
+    finally:
+        dispatch.use(before)
+    (recording,) = steps.recordings.values()
+    assert recording.size.rows == 16 and len(recording.tables.fills) == 2
+    for i, (shape, (losses, gradient)) in enumerate(zip(SHAPES, found, strict=True)):
+        expected, _ = forward_backward(decoder, bank, [forest(shape)], i, ledger)
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert float((gradient - bank.gradient).norm()) <= 1e-5 * float(bank.gradient.norm())

@@ -1,0 +1,323 @@
+"""Training steps recorded once a size of pack and replayed: on a GPU a CUDA graph, which spares launching each kernel
+from the host.
+
+A recording computes one micro-batch: what the method prepares, forward pass, backward pass, and what the method carries
+back. It adds gradients to the bank's and losses to a sum on the device. Before a replay the pack, padded to the
+recording's size, the keys of the step's random streams and the work lists of attention are put where it reads them.
+Clipping and AdamW are a handful of launches, which need the norms on the host, and stay outside.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.adapters.method import SITES
+from peftdyno.engine.decoder import Decoder
+from peftdyno.engine.errors import UserError, unknown
+from peftdyno.engine.graphs import CudaRecorder, GivenAngles, GraphChoice, Recorder
+from peftdyno.engine.pack import Pack
+from peftdyno.engine.pack_padding import PackSize, padded
+from peftdyno.kernels import attention, dispatch, replay
+from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
+
+LEAST_STEPS = 32
+"""Steps below which `auto` does not record: each recording costs about five."""
+MOST_FLOPS = 1e12
+"""Matrix FLOPs of a layer in one micro-batch above which `auto` does not record. A layer takes the host about 2 ms to
+launch forward and backward, in which a GPU of 500 TFLOP/s does this much; beyond, padding would cost more than
+launching. An estimate, not measured."""
+MOST_RECORDINGS = 32
+"""Recordings kept; the one not used for longest goes first."""
+NUM_CHECKED = 2
+"""Replays of a recording that are compared with the eager step: the second is the first of another pack's tables."""
+
+
+@dataclass
+class _GivenKeys(AdapterBank):
+    """The bank with keys of random streams that lie where a recording reads them, and a state of its own."""
+
+    given: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    lying: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def like(cls, bank: AdapterBank) -> _GivenKeys:
+        """The parameters and gradients of a bank."""
+        shared = {item.name: getattr(bank, item.name) for item in fields(AdapterBank)}
+        made = cls(**(shared | {"state": {}, "training": True}))
+        keys = made.keys_of_step()
+        made.lying = made.lying.new_empty(sum(k.numel() for k in keys.values())).to(bank.flat.device)
+        parts = made.lying.split([k.numel() for k in keys.values()])
+        made.given = {name: part.view(k.shape) for (name, k), part in zip(keys.items(), parts, strict=True)}
+        return made
+
+    def keys_of_step(self) -> dict[tuple[int, str], Tensor]:
+        """Keys [M, R] by layer and site, for the products that have any."""
+        places = [(layer, site) for layer in range(self.config.num_hidden_layers) for site in SITES]
+        edits = {place: super(_GivenKeys, self).linear(*place) for place in places}
+        return {place: e.keys for place, e in edits.items() if e is not None and e.keys is not None}
+
+    def fill(self, step: int) -> None:
+        """Put the keys of a step where recordings read them."""
+        self.step = step
+        if self.given:
+            self.lying.copy_(torch.cat([keys.flatten() for keys in self.keys_of_step().values()]))
+
+    def linear(self, layer: int, site: str) -> LinearEdits | None:
+        """Edits of a fused product."""
+        edits = super().linear(layer, site)
+        given = self.given.get((layer, site))
+        return edits if edits is None or given is None else replace(edits, keys=given)
+
+
+@dataclass
+class _Recording:
+    """A step of one size. `pack` is where it reads; `integers` are all its integer arrays in one."""
+
+    size: PackSize
+    pack: Pack
+    integers: Tensor
+    decoder: GivenAngles
+    tables: replay.Tables = field(default_factory=lambda: replay.Tables(any_layout=True))
+    again: Callable[[], Tensor] | None = None
+    num_checked: int = 0
+
+    @classmethod
+    def of(cls, decoder: Decoder, pack: Pack) -> _Recording:
+        """Buffers of a pack's size, with the pack in them."""
+        size = PackSize.of(pack)
+        wide = padded(pack, size)
+        arrays = _integers(wide)
+        integers = torch.cat(arrays).to(decoder.device)
+        parts = integers.split([array.numel() for array in arrays])
+        given = GivenAngles(decoder.config, decoder.weights, decoder.scope)
+        made = cls(size, _with_integers(wide, parts, wide.labels.weight.to(decoder.device)), integers, given)
+        given.angles = Decoder.rotary(given, made.pack.positions)
+        return made
+
+    def replay(self, pack: Pack) -> None:
+        """Compute another pack of the same size."""
+        assert self.again is not None, "replayed before it is recorded"
+        wide = padded(pack, self.size)
+        self.integers.copy_(torch.cat(_integers(wide)))
+        self.pack.labels.weight.copy_(wide.labels.weight)
+        self.pack.layout.segments.copy_(wide.layout.segments)
+        self.pack.layout.chain.copy_(wide.layout.chain)
+        for theta, angles in Decoder.rotary(self.decoder, self.pack.positions).items():
+            for target, source in zip(self.decoder.angles[theta], angles, strict=True):
+                target.copy_(source)
+        self.tables.fill()
+        with replay.recording(self.tables):
+            self.again()
+
+
+def _integers(pack: Pack) -> list[Tensor]:
+    """The integer arrays of a pack that a step reads."""
+    labels, streams, row_streams = pack.labels, pack.runs.streams, pack.labels.row_runs.streams
+    assert streams is not None and row_streams is not None, "a pack of sequences has identities"
+    own = [pack.tokens, pack.positions, pack.virtual_rows, pack.virtual_index, streams]
+    return [*own, labels.index, labels.target, labels.rows, labels.place, row_streams]
+
+
+def _with_integers(pack: Pack, arrays: Sequence[Tensor], weight: Tensor) -> Pack:
+    """The pack with other arrays, in the order of `_integers`."""
+    tokens, positions, virtual_rows, virtual_index, streams, index, target, rows, place, row_streams = arrays
+    row_runs = TokenRuns(offsets=pack.labels.row_runs.offsets, streams=row_streams)
+    labels = replace(pack.labels, index=index, target=target, weight=weight, rows=rows, place=place, row_runs=row_runs)
+    return replace(
+        pack,
+        tokens=tokens,
+        positions=positions,
+        virtual_rows=virtual_rows,
+        virtual_index=virtual_index,
+        runs=TokenRuns(offsets=pack.runs.offsets, streams=streams),
+        labels=labels,
+    )
+
+
+@dataclass
+class StepGraphs:
+    """Recorded micro-batches of one training, by size, the one used last at the end.
+
+    `complaint` says why recording was given up, once it was.
+    """
+
+    decoder: Decoder
+    bank: AdapterBank
+    recorder: Recorder
+    choice: GraphChoice = "on"
+    recordings: dict[PackSize, _Recording] = field(default_factory=dict)
+    complaint: str = ""
+
+    def __post_init__(self) -> None:
+        self.keyed = _GivenKeys.like(self.bank)
+        self.sums = torch.zeros(self.bank.num_runs, device=self.bank.flat.device)
+
+    def takes(self, packs: Sequence[Pack], ledger: Ledger) -> bool:
+        """Whether a step is replayed, all its packs or none: not where operations are counted or there is no label, and
+        by `auto` not where computing takes longer than launching."""
+        if self.complaint or ledger.counting:
+            return False
+        return all(pack.labels.run_offsets[-1] > 0 and self._pays(pack) for pack in packs)
+
+    def forward_backward(self, packs: Sequence[Pack], step: int, ledger: Ledger) -> tuple[list[float], int]:
+        """Gradients of a step's packs into the bank's; each run's loss and the number of tokens that count.
+
+        Both passes are charged to phase `backward`, for a replay is one launch. UserError where graphs were asked for
+        and cannot be had.
+        """
+        self.bank.state.clear()  # a live graph of its tensors would be recorded with them
+        with ledger.phase("backward"):
+            self.bank.zero_grad()
+            self.sums.zero_()
+            self.keyed.fill(step)
+            for pack in packs:
+                ledger.see(pack)
+                self._add(pack)
+            return self.sums.tolist(), sum(pack.num_tokens for pack in packs)
+
+    def _pays(self, pack: Pack) -> bool:
+        if self.choice != "auto":
+            return True
+        size, layer = PackSize.of(pack), self.decoder.weights.layers[0]
+        weights = sum(w.shape[0] * w.shape[1] for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return 4 * size.offsets(size.rows)[-1] * weights <= MOST_FLOPS
+
+    def _add(self, pack: Pack) -> None:
+        size = PackSize.of(pack)
+        recording = self.recordings.pop(size, None)
+        if recording is not None and recording.num_checked == NUM_CHECKED:
+            self.recordings[size] = recording
+            recording.replay(pack)
+        elif self.complaint:
+            self._eager(pack)
+        else:
+            self._add_checked(pack, recording)
+
+    def _add_checked(self, pack: Pack, recording: _Recording | None) -> None:
+        """A pack by its recording, made where there is none, once it is seen to give what the eager step gives."""
+        kept = self._results()
+        try:
+            expected = self._alone(lambda: self._eager(pack))
+            recording = recording or self._recorded(pack)
+            found = self._alone(lambda: recording.replay(pack))
+            _check_same(found, expected, self.decoder.dtype)
+        except RuntimeError as error:
+            self._restore(kept)
+            self._give_up(error)
+        if self.complaint:  # the failed attempt's tensors are gone by now
+            self._eager(pack)
+            return
+        assert recording is not None, "made above"
+        recording.num_checked += 1
+        self.recordings[recording.size] = recording
+        while len(self.recordings) > MOST_RECORDINGS:
+            del self.recordings[next(iter(self.recordings))]
+        self._restore([before + own for before, own in zip(kept, found, strict=True)])
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Forget all recordings; an error unless `auto` may go on without."""
+        self.recordings.clear()
+        self.keyed.state.clear()
+        why = " ".join(str(error).split())
+        if self.choice != "auto":
+            if isinstance(error, torch.OutOfMemoryError):
+                raise error
+            raise UserError(f"--graphs on: {why}; give --graphs auto or off") from error
+        self.complaint = f"training goes on without CUDA graphs: {why}"
+        warnings.warn(self.complaint, stacklevel=2)
+
+    def _recorded(self, pack: Pack) -> _Recording:
+        recording = _Recording.of(self.decoder, pack)
+        with replay.recording(recording.tables):
+            recording.again = self.recorder.record(lambda: self._run(recording))
+        self.keyed.state.clear()
+        return recording
+
+    def _run(self, recording: _Recording) -> Tensor:
+        """What is recorded; every result lies in the bank's gradient and in the sums."""
+        return self._compute(recording.decoder, self.keyed, recording.pack)
+
+    def _eager(self, pack: Pack) -> None:
+        """The same for a pack as it is, every kernel launched."""
+        self.bank.step = self.keyed.step
+        self._compute(self.decoder, self.bank, pack.to(self.decoder.device))
+        self.bank.state.clear()
+
+    def _compute(self, decoder: Decoder, bank: AdapterBank, pack: Pack) -> Tensor:
+        bank.begin(bank.step, training=True)
+        losses = decoder.losses(pack, bank) * pack.labels.weight
+        losses.sum().backward()
+        bank.finish()
+        sizes = [b - a for a, b in zip(pack.labels.run_offsets, pack.labels.run_offsets[1:], strict=False)]
+        return self.sums.add_(torch.stack([part.sum() for part in losses.detach().split(sizes)]))
+
+    def _results(self) -> list[Tensor]:
+        return [self.bank.gradient.clone(), self.sums.clone()]
+
+    def _restore(self, results: Sequence[Tensor]) -> None:
+        self.bank.gradient.copy_(results[0])
+        self.sums.copy_(results[1])
+
+    def _alone(self, compute: Callable[[], None]) -> list[Tensor]:
+        """Gradient and sums of a computation by itself."""
+        self.bank.zero_grad()
+        self.sums.zero_()
+        compute()
+        return self._results()
+
+
+def _check_same(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """RuntimeError where a run's gradient or loss is another, by more than the square root of the dtype's rounding:
+    padding changes how products are divided, and a gradient is a small difference of many rounded terms."""
+    for name, ours, theirs in zip(("gradient", "loss"), found, expected, strict=True):
+        for run, (mine, right) in enumerate(zip(ours.double(), theirs.double(), strict=True)):
+            gap, norm = float((mine - right).norm()), float(right.norm())
+            if norm < float("inf") and not gap <= torch.finfo(dtype).eps ** 0.5 * norm:
+                raise RuntimeError(
+                    f"a replayed training step differs from the eager step (the {name} of run {run} by {gap:.3g} of"
+                    f" {norm:.3g})"
+                )
+
+
+def step_graphs(
+    choice: GraphChoice | Recorder, decoder: Decoder, bank: AdapterBank, num_steps: int
+) -> StepGraphs | None:
+    """What a training of so many steps replays, or None to launch every kernel.
+
+    `auto` records on a GPU with Triton's kernels, where the method and the activation policy allow it. UserError for an
+    unknown choice, and for `on` where a step cannot be recorded.
+    """
+    if isinstance(choice, str) and choice not in get_args(GraphChoice):
+        raise unknown("--graphs", choice, get_args(GraphChoice))
+    if choice == "off":
+        return None
+    why = _unrecordable(decoder, bank, of_device=isinstance(choice, str))
+    if why:
+        if choice == "auto":
+            return None
+        raise UserError(f"--graphs on: {why}")
+    if not isinstance(choice, str):
+        return StepGraphs(decoder, bank, choice)
+    if choice == "auto" and num_steps < LEAST_STEPS:
+        return None
+    return StepGraphs(decoder, bank, CudaRecorder(), choice)
+
+
+def _unrecordable(decoder: Decoder, bank: AdapterBank, *, of_device: bool) -> str:
+    """Why a step cannot be recorded, and the remedy; empty where it can."""
+    if of_device and decoder.device.type != "cuda":
+        return "the model is not on a CUDA device; give --graphs auto or off"
+    if of_device and dispatch.choose("attention", attention.FORWARD.implementations, decoder.device) != "triton":
+        return "only Triton's kernels can be recorded; give --kernels auto or triton"
+    if decoder.activations != "keep":
+        return f"--activations {decoder.activations} cannot be recorded; give --activations keep, or --graphs off"
+    reason = next(filter(None, (method.unrecordable() for method in bank.methods)), "")
+    return f"{reason}; give --graphs auto or off" if reason else ""
