@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -43,18 +43,17 @@ def setting(tiny_model) -> Setting:
     return Setting(model=str(tiny_model), texts=texts, prompts=tokens, repeats=REPEATS, sizes=SIZES)
 
 
+PRODUCTS = [
+    f"{name}_{site}{state}"
+    for site in SITES
+    for name, states in (("forward", ("_hot", "_rotated")), ("dx", ("_hot", "_rotated")), ("few", ("",)))
+    for state in states
+]
 EXPECTED = {
-    "products": [
-        name
-        for site in SITES
-        for name in (
-            *(f"{way}_{site}_{state}" for way in ("forward", "dx") for state in ("hot", "rotated")),
-            f"few_{site}",
-        )
-    ],
+    "products": [*PRODUCTS, "dx_head_close", "dx_head_apart"],
     "step": ["step"],
     "overhead": ["step"],
-    "tokens": ["step", "token"],
+    "tokens": ["step", "token", "pack"],
     "stream": ["rate"],
     "memory-ways": ["length_6", "length_4"],
     "four-bit": [
@@ -79,7 +78,8 @@ def test_every_subject_has_its_lines(name, setting):
     for line, row in zip(found.values(), shown[2:], strict=False):
         assert row.startswith(f"| {line['what']} | {line['unit']} | ")
         rounds = {len(cell["values"]) for cell in line["cells"].values()}
-        assert rounds == ({1} if name == "noise" else {REPEATS})
+        batches = len(setting.texts) // SIZES.batch
+        assert rounds == ({batches} if line["unit"] == "tokens" else {1} if name == "noise" else {REPEATS})
         assert all(value >= 0 for cell in line["cells"].values() for value in cell["values"])
 
 
@@ -158,9 +158,15 @@ def test_ways_halve_the_micro_batch():
 
 
 def test_a_token_costs_its_share_of_the_step(setting):
-    step, token = steps.tokens(setting)
+    step, token, _ = steps.tokens(setting)
     assert step.cells.keys() == token.cells.keys() == {"8 tokens", "16 tokens"}
     assert token.cells["16 tokens"] == pytest.approx([value / 16 for value in step.cells["16 tokens"]])
+
+
+def test_a_shared_prefix_is_counted_once(setting):
+    texts = [{"tokens": [7, 8, 9, 20 + i], "num_prompt": 3} for i in range(4)]
+    pack = steps._pack_line(replace(setting, texts=texts))
+    assert pack.cells == {"prefix shared": (5.0, 5.0), "prefix repeated": (8.0, 8.0)}
 
 
 def test_only_the_last_token_of_a_sequence_is_labelled():

@@ -64,7 +64,7 @@ class Decoding:
         """Seconds of the median step, of its parts, and of making the panels, with their bytes.
 
         Parts are from steps with a clock around each operator, which lengthens what lies between operators: the rest
-        is what a plain step has beside them.
+        is what a plain step has beside them. It is rather too small, for watched operators go through the dispatcher.
         """
         start = time.perf_counter()
         with packed_weights(self.decoder, choice) as held:

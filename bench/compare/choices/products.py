@@ -14,11 +14,16 @@ from peftdyno.bench.compare.turns import Measure, in_turns, timed
 from peftdyno.engine.adapters.method import SITES
 from peftdyno.engine.weights import field_shape
 from peftdyno.kernels import cpu, linear
+from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.panels import drop_panels, keep_panels, panel_bytes
 from peftdyno.kernels.workspace import own_product
 
 Product = Callable[[Tensor, Tensor], Tensor]
 OVER = (("operator", "library"),)
+CACHE_LINE = 64
+"""Bytes."""
+HEAD_CALLS = 3
+"""Calls of a round where one takes long."""
 
 
 def products(setting: Setting) -> list[Line]:
@@ -30,7 +35,7 @@ def products(setting: Setting) -> list[Line]:
         weights = _weights(setting, site)
         lines += _step_lines(site, rows, weights, setting.repeats)
         lines.append(_panel_line(site, sizes.few_rows, weights, setting.repeats))
-    return lines
+    return [*lines, *_head_lines(setting, rows)]
 
 
 def _weights(setting: Setting, site: str) -> list[Tensor]:
@@ -57,6 +62,22 @@ def _step_lines(site: str, rows: int, weights: Sequence[Tensor], repeats: int) -
             cells = _rates(measures, len(weights), repeats)
             what = f"{direction} {rows} x {left.shape[1]} x {out if direction == 'forward' else depth}, {state}; {mine}"
             lines.append(Line(name=f"{direction}_{site}_{state}", what=what, unit="GFLOP/s", cells=cells, over=OVER))
+    return lines
+
+
+def _head_lines(setting: Setting, rows: int) -> list[Line]:
+    """dx of the head, its rows one after the other and some bytes apart: where they are a multiple of a kibibyte long
+    they otherwise fall on the same few lines of the first-level cache."""
+    config = setting.config
+    head = torch.randn(config.vocab_size, config.hidden_size).to(torch.bfloat16)
+    lines = []
+    for name, spare in (("close", 0), ("apart", CACHE_LINE // head.element_size())):
+        dy = with_spare(rows, config.vocab_size, spare, head).normal_()
+        measures = {"library": _measure(torch.mm, dy, [head]), "operator": _measure(linear.BACKWARD, dy, [head])}
+        shape = f"{rows} x {config.vocab_size} x {config.hidden_size}"
+        what = f"dx {shape}, rows {name}; {_own(dy, config.hidden_size, False)}"
+        cells = _rates(measures, HEAD_CALLS, setting.repeats)
+        lines.append(Line(name=f"dx_head_{name}", what=what, unit="GFLOP/s", cells=cells, over=OVER))
     return lines
 
 

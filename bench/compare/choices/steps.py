@@ -17,6 +17,8 @@ from peftdyno.bench.compare.rows import TokenRow, text_batch
 from peftdyno.bench.compare.step_sections import DROPOUT, LORA, RATE
 from peftdyno.bench.compare.turns import Measure, Sample, in_turns
 from peftdyno.engine.config import DecoderConfig
+from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.pack import build_pack
 from peftdyno.engine.weight_files import save_model
 from peftdyno.engine.weights import random_weights
 
@@ -62,7 +64,8 @@ def narrow(config: DecoderConfig) -> DecoderConfig:
 
 
 def tokens(setting: Setting) -> list[Line]:
-    """LoRA's steps over few and many tokens with one label a sequence: next to nothing of the head's loss."""
+    """LoRA's steps over few and many tokens with one label a sequence: next to nothing of the head's loss;
+    and how many tokens a step of a task has."""
     sizes = setting.sizes
     batches = {rows * sizes.length: text_batch(rows, sizes.length, setting.texts) for rows in (1, sizes.batch)}
     measures = {
@@ -76,7 +79,26 @@ def tokens(setting: Setting) -> list[Line]:
     return [
         Line(name="step", what="a step, its last tokens labelled", unit="ms", cells=whole),
         Line(name="token", what="a token of it", unit="ms", cells=per_token, over=((few, many),)),
+        _pack_line(setting),
     ]
+
+
+def _pack_line(setting: Setting) -> Line:
+    """How many tokens a step of the labelled texts has."""
+    size = setting.sizes.batch
+    starts = range(0, len(setting.texts) - size + 1, size)
+    batches = [[_sequence(row) for row in setting.texts[i : i + size]] for i in starts]
+    cells = {
+        name: tuple(float(build_pack(batch, share_prefix=shared).num_tokens) for batch in batches)
+        for name, shared in (("prefix shared", True), ("prefix repeated", False))
+    }
+    return Line(
+        name="pack", what=f"{size} of the labelled texts, over {len(batches)} batches", unit="tokens", cells=cells
+    )
+
+
+def _sequence(row: Mapping[str, Any]) -> PackSequence:
+    return PackSequence(tokens=tuple(row["tokens"]), num_prompt=row["num_prompt"])
 
 
 def _variants(model: str, batch: list[dict[str, Any]], repeats: int) -> dict[str, tuple[float, ...]]:
