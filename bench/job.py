@@ -46,7 +46,9 @@ CLAIM = "job.json"
 ADAPTER = "adapter"
 PREDICTIONS = "predictions.jsonl"
 DEFAULT_EPOCHS = 10.0
-IDENTITY_EXCLUDES = {"model", "data", "tasks_file", "seeds", "threads", "device", "activations", "memory_limit"}
+IDENTITY_EXCLUDES = {
+    "model", "data", "tasks_file", "seeds", "threads", "device", "activations", "memory_limit", "graphs",
+}  # fmt: skip
 """Settings that do not tell a job from another: what they lead to is in its identity instead, or does not matter."""
 
 
@@ -225,6 +227,7 @@ def _train(
         evaluate_every=settings.evaluate_every,
         evaluation_batch=settings.rows_at_a_time(),
         save_every=settings.save_every,
+        graphs=settings.graphs if settings.memory_limit is None else "off",
     )
     ledger = Ledger.of(decoder, bank)
     gc.collect()  # what earlier jobs left in cycles would count as memory of this one

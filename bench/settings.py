@@ -57,6 +57,9 @@ class JobSettings(BaseModel):
     max_length: int = Field(2048, ge=2)
     """Tokens of a sequence; longer ones are cut in the middle of the prompt, never in the answer."""
     share_prefix: Literal["auto", "on", "off"] = "auto"
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether training steps are recorded and replayed as CUDA graphs; auto leaves it under a memory limit, for
+    recordings are not part of what is predicted."""
     limit_train: int | None = Field(None, ge=1)
     limit_validation: int | None = Field(256, ge=1)
     """Random rows of the validation split; null for all."""
@@ -86,10 +89,21 @@ class JobSettings(BaseModel):
     def _size(cls, value: object) -> int | None:
         return None if value is None else parse_size(value)
 
+    @field_validator("share_prefix", "graphs", "pack_weights", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        """YAML reads a bare on or off as true or false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _check(self) -> JobSettings:
         if self.steps is not None and self.epochs is not None:
             raise UserError("steps and epochs are both given; give one")
+        if self.graphs == "on" and self.memory_limit is not None:
+            raise UserError(
+                "graphs is on under a memory limit, whose prediction does not include recordings; give graphs auto or "
+                "no memory_limit"
+            )
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"seeds {', '.join(map(str, self.seeds))} must be different numbers from 0 on")
         return self

@@ -44,6 +44,7 @@ def command(
     quant: o.Quant = None,
     device: o.Device = None,
     kernels: o.Kernels = None,
+    graphs: o.Graphs = None,
     threads: o.Threads = None,
     tasks_file: o.TasksFile = None,
     config: o.Config = None,

@@ -50,6 +50,10 @@ SharePrefix = Annotated[
     str | None,
     typer.Option("--share-prefix", help="Compute a prefix that sequences share once: auto, on, off.", metavar="WHEN"),
 ]
+Graphs = Annotated[
+    str | None,
+    typer.Option("--graphs", help="Replay training steps as CUDA graphs: auto, on, off.", metavar="WHEN"),
+]
 LimitTrain = Annotated[int | None, typer.Option("--limit-train", help="Random rows to train on; all by default.")]
 LimitValidation = Annotated[
     int | None, typer.Option("--limit-validation", help="Random validation rows, 256 by default; 0 for all.")

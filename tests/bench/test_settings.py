@@ -42,6 +42,11 @@ def test_zero_limit_is_no_limit() -> None:
     assert settings(sets=["limit_validation=null"]).limit_validation is None
 
 
+def test_switches_may_be_yamls() -> None:
+    found = settings(sets=["graphs=on", "share_prefix=off", "pack_weights=auto"])
+    assert (found.graphs, found.share_prefix, found.pack_weights) == ("on", "off", "auto")
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
@@ -55,6 +60,8 @@ def test_zero_limit_is_no_limit() -> None:
         (["steps=3", "epochs=1"], "steps and epochs are both given"),
         (["seeds=[1, 1]"], "must be different"),
         (["share_prefix=maybe"], "setting 'share_prefix' is 'maybe'"),
+        (["graphs=maybe"], "setting 'graphs' is 'maybe'"),
+        (["graphs=on", "memory_limit=1GiB"], "graphs is on under a memory limit"),
         (["lora.target_modules=[q_prj]"], "q_prj"),
         (["rank"], "give name=value"),
         (["lora.rank=["], "not readable"),
