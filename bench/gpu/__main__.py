@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("kernels", "micro", "step", "decode", "memory")
+SECTIONS = ("kernels", "micro", "grid", "step", "decode", "memory")
+"""In the order they run in: `step` ends with a row that patches transformers for the rest of the process."""
 SECONDS = 450.0
 """A section starts no new row after this; the next call goes on with what is left."""
 
@@ -57,29 +58,34 @@ def main(arguments: list[str]) -> int:
             print("no CUDA device: run it on a GPU machine, or give --tiny for a smoke test", file=sys.stderr)
             return 2
         os.environ["TRITON_INTERPRET"] = "1"
-    from peftdyno.bench.gpu import checks, decode, goals, memory, micro, step
-    from peftdyno.bench.gpu.results import Section, brief
+    from peftdyno.bench.gpu import checks, decode, goals, grid, memory, micro, step
+    from peftdyno.bench.gpu.goal import lines
+    from peftdyno.bench.gpu.results import DeviceLost, Section, brief
     from peftdyno.bench.gpu.sizes import FULL, TINY
     from peftdyno.kernels import dispatch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dispatch.use("triton")
-    runners = {"kernels": checks.run, "micro": micro.run, "step": step.run, "decode": decode.run, "memory": memory.run}
+    modules = {"kernels": checks, "micro": micro, "grid": grid, "step": step, "decode": decode, "memory": memory}
+    sizes = TINY if chosen.tiny else FULL
     chosen.out.mkdir(parents=True, exist_ok=True)
     sections = []
-    for name in chosen.only or SECTIONS:
-        section = Section.open(name, chosen.out, SECONDS, fresh=chosen.fresh)
-        runners[name](section, TINY if chosen.tiny else FULL, device, tiny=chosen.tiny)
-        sections.append(section)
+    for name in [name for name in SECTIONS if name in (chosen.only or SECTIONS)]:
+        sections.append(Section.open(name, chosen.out, SECONDS, fresh=chosen.fresh))
+        try:
+            modules[name].run(sections[-1], sizes, device, tiny=chosen.tiny)
+        except DeviceLost as error:
+            print(f"the GPU failed, so what is left waits for the next call: {error}", file=sys.stderr)
+            break
     report = {"provenance": provenance(device, tiny=chosen.tiny)}
     report |= {s.name: {"rows": list(s.rows.values()), "left": s.left} for s in sections}
     everything = {name: Section.open(name, chosen.out, SECONDS, fresh=False).rows for name in SECTIONS}
-    report["goals"] = goals.report(everything)
+    report["goals"] = goals.report(everything, sizes)
     (chosen.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     status = summary(sections, brief, interpreted=device.type != "cuda")
     counts = device.type == "cuda" and not chosen.tiny
     title = "goals on one H200" if counts else "goals on one H200, with figures of a smoke test, which decide nothing"
-    print("\n".join([title, *goals.lines(report["goals"], counts=counts)]))
+    print("\n".join([title, *lines(report["goals"], counts=counts)]))
     return status
 
 
@@ -89,11 +95,11 @@ def summary(sections: list[Any], brief: Any, *, interpreted: bool) -> int:
     failed = 0
     for section in sections:
         rows = section.rows.values()
-        wrong = [row["name"] for row in rows if row.get("ok") is False]
+        wrong = [row for row in rows if row.get("ok") is False]
         failed += len(wrong)
         print(f"{section.name}: {len(rows)} rows, {len(wrong)} wrong, {len(section.left)} left")
-        for name in wrong:
-            print(f"  WRONG {name}")
+        for row in wrong:
+            print(f"  WRONG {row['name']}  {row.get('failed', '')}".rstrip())
         for row in rows:
             if "ok" not in row:
                 print(f"  {row['name']:<56}{brief({k: v for k, v in row.items() if k != 'name'})}")

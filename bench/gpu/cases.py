@@ -126,13 +126,15 @@ def pointwise(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         return p, g, m, v.abs_(), [1e-4] * r, [1.0] * r, [7] * r, 0.9, 0.999, 1e-8, 0.01
 
     yield Case("rms_norm", "+ residual", norm, against="eager compile liger")
-    yield Case("rms_norm_backward", "frozen", norm_backward, against="eager compile")
+    yield Case("rms_norm_backward", "frozen", norm_backward, against="eager compile liger")
     yield Case("rms_norm_backward", f"LN-tuning, {r} runs", lambda t, n: norm_backward(t, n, r))
     yield Case("glu", "silu", activation, against="eager compile liger")
     yield Case("glu", f"silu, IA3 of {r} runs", lambda t, n: activation(t, n, r))
-    yield Case("glu_backward", "silu", lambda t, n: (draw.rows(n, f, t), *activation(t, n)), against="eager compile")
+    yield Case(
+        "glu_backward", "silu", lambda t, n: (draw.rows(n, f, t), *activation(t, n)), against="eager compile liger"
+    )
     yield Case("glu_backward", "silu, IA3", lambda t, n: (draw.rows(n, f, t), *activation(t, n, r)))
-    yield Case("rotary_", "", turn, changed=(0,), against="eager compile")
+    yield Case("rotary_", "", turn, changed=(0,), against="eager compile liger")
     scaled = lambda t, n: (draw.rows(n, d, t), draw.masters(r, d), 0, draw.runs(n, r))  # noqa: E731
     yield Case("bank_scale_", f"{r} runs", scaled, changed=(0,))
     yield Case("bank_shift_", f"{r} runs", scaled, changed=(0,))
@@ -276,7 +278,7 @@ def attentions(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
     for kind, window in (("equal", 0), ("ragged", 0), ("shared prefix", 0), ("equal", max(4, sizes.length // 8))):
         label = f"{kind}{f', window {window}' if window else ''}"
-        against = "sdpa" if kind == "equal" and not window else ""
+        against = {"equal": "sdpa varlen flash", "ragged": "varlen flash"}.get("" if window else kind, "")
         fixed = {"kind": kind, "window": window}
         yield Case("attention", label, lambda t, n, o=fixed: forward(t, n, **o), against=against)
         yield Case("attention_backward", label, lambda t, n, o=fixed: backward(t, n, **o), against=against)

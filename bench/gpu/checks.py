@@ -54,13 +54,17 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
         for dtype in dtypes:
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             if section.wants(name):
-                torch.manual_seed(len(section.rows))
-                arguments = case.make(dtype, sizes.labels_checked if case.operator == "label_loss" else _tokens(sizes))
-                share, same = worst_share(case, arguments), repeatable(case, arguments)
-                section.add(name, error_over_budget=share, same_bits=same, ok=share <= 1 and same)
-                del arguments
+                with section.attempt(name):
+                    section.add(name, **_row(case, dtype, sizes, len(section.rows)))
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
+
+
+def _row(case: Case, dtype: torch.dtype, sizes: Sizes, seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    arguments = case.make(dtype, sizes.labels_checked if case.operator == "label_loss" else _tokens(sizes))
+    share, same = worst_share(case, arguments), repeatable(case, arguments)
+    return {"error_over_budget": share, "same_bits": same, "ok": share <= 1 and same}
 
 
 def _tokens(sizes: Sizes) -> int:

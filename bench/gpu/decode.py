@@ -18,46 +18,63 @@ from peftdyno.engine.generate import generate
 from peftdyno.engine.graphs import EagerRecorder
 from peftdyno.engine.pack import Sequence, build_pack
 
+GRAPH = "decode, batch 1, graph"
+PROMPTS = "classification prompts, shared prefix"
+SAME = "replayed steps give the same tokens"
+
 
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
     """All rows, without an adapter."""
     top = measured_ceilings(section, device, tiny=tiny)
-    steps = {"graph": "on" if device.type == "cuda" else EagerRecorder(), "no graph": "off"}
-    rows = {f"decode, batch 1, {name}": choice for name, choice in steps.items()}
-    prompts, same = "classification prompts, shared prefix", "replayed steps give the same tokens"
-    wanted = [name for name in (*rows, prompts, same) if section.wants(name)]
+    forms = {GRAPH: "on" if device.type == "cuda" else EagerRecorder(), "decode, batch 1, no graph": "off"}
+    wanted = [name for name in (*forms, PROMPTS, SAME) if section.wants(name)]
     if not wanted:
         return
     decoder, bank = model(sizes, [Untuned()], device, bordered=False)
+    for name in wanted:
+        with section.attempt(name):
+            if name == PROMPTS:
+                row = _prompts(decoder, bank, sizes, 2 if tiny else 6)
+            elif name == SAME:
+                row = _same(decoder, bank, sizes, list(forms.values()))
+            else:
+                row = _rate(decoder, bank, sizes, forms[name], top.bytes_per_second)
+            section.add(name, **row)
+    release(device)
+
+
+def _rate(decoder: Decoder, bank: AdapterBank, sizes: Sizes, form: Any, copied: float) -> dict[str, Any]:
+    """Tokens a second, and the bytes of the weights a second as a share of those that a copy moves."""
     prompt = [Sequence(tokens=tuple(range(3, 19)), num_prompt=16)]
     read = sum(t.numel() * t.element_size() for t in decoder.weights.tensors() if t is not decoder.weights.embed)
-    for name, choice in rows.items():
-        if name in wanted:
-            each = _seconds_a_token(decoder, bank, prompt, sizes.new_tokens, choice)
-            share = read / each / top.bytes_per_second
-            section.add(name, tokens_per_second=1 / each, of_copy_ceiling=share)
-    if same in wanted:
-        batch = [Sequence(tokens=tuple(range(3, 5 + 2 * i)), num_prompt=1, ordinal=i) for i in range(3)]
-        options = {"max_new_tokens": 2 * sizes.new_tokens, "eos_ids": ()}
-        found, expected = (generate(decoder, bank, batch, graphs=choice, **options) for choice in steps.values())
-        section.add(same, ok=found == expected)
-    if prompts in wanted:
-        count, shared, own = sizes.prompts
-        sequences = [
-            Sequence(tokens=(5,) * shared + tuple(range(3 + i, 3 + i + own)), num_prompt=shared + own - 1, ordinal=i)
-            for i in range(count)
-        ]
-        pack = build_pack(sequences, share_prefix=True).to(device)
+    each = _seconds_a_token(decoder, bank, prompt, sizes.new_tokens, form)
+    return {"tokens_per_second": 1 / each, "of_copy_ceiling": read / each / copied}
 
-        @torch.no_grad()
-        def call() -> None:
-            bank.begin(0, training=False)
-            decoder.losses(pack, bank)
 
-        elapsed = times(call, device, 2 if tiny else 6)
-        tokens = count * (shared + own)
-        section.add(prompts, prompt_tokens_per_second=tokens / elapsed, computed_tokens=pack.num_tokens)
-    release(device)
+def _same(decoder: Decoder, bank: AdapterBank, sizes: Sizes, forms: list[Any]) -> dict[str, Any]:
+    """Whether every form gives the same tokens."""
+    batch = [Sequence(tokens=tuple(range(3, 5 + 2 * i)), num_prompt=1, ordinal=i) for i in range(3)]
+    options = {"max_new_tokens": 2 * sizes.new_tokens, "eos_ids": ()}
+    found, expected = (generate(decoder, bank, batch, graphs=form, **options) for form in forms)
+    return {"ok": found == expected}
+
+
+def _prompts(decoder: Decoder, bank: AdapterBank, sizes: Sizes, calls: int) -> dict[str, Any]:
+    """Prompt tokens a second, those of the shared prefix counted for every prompt."""
+    count, shared, own = sizes.prompts
+    sequences = [
+        Sequence(tokens=(5,) * shared + tuple(range(3 + i, 3 + i + own)), num_prompt=shared + own - 1, ordinal=i)
+        for i in range(count)
+    ]
+    pack = build_pack(sequences, share_prefix=True).to(decoder.device)
+
+    @torch.no_grad()
+    def call() -> None:
+        bank.begin(0, training=False)
+        decoder.losses(pack, bank)
+
+    elapsed = times(call, decoder.device, calls)
+    return {"prompt_tokens_per_second": count * (shared + own) / elapsed, "computed_tokens": pack.num_tokens}
 
 
 def _seconds_a_token(decoder: Decoder, bank: AdapterBank, prompt: list[Sequence], count: int, graphs: Any) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from peftdyno.bench.gpu.cases import Case, all_cases
+from peftdyno.bench.gpu import attention_others, head_loss, liger
+from peftdyno.bench.gpu.cases import Case, all_cases, pointwise
 from peftdyno.bench.gpu.results import Section
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.bench.gpu.timing import Ceilings, ceilings, median_ms
@@ -19,23 +20,39 @@ COPIES = 2
 """Sets of arguments that take turns."""
 
 
+POINTWISE = ("rms_norm + residual", "rms_norm_backward frozen", "glu silu", "glu_backward silu", "rotary_")
+"""Cases that are timed at several numbers of tokens."""
+
+
+def at_tokens(case: str, tokens: int) -> str:
+    """The row of a pointwise case at another number of tokens than the others'."""
+    return f"{case}, {tokens} tokens"
+
+
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
     """A row a case: ours, the alternatives, TFLOP/s and TB/s by the cost formula."""
     top = measured_ceilings(section, device, tiny=tiny)
-    for case in all_cases(sizes, device):
-        if section.wants(case.name):
-            torch.manual_seed(0)
-            dtype = torch.float16 if tiny else torch.bfloat16
-            sets = [case.make(dtype, sizes.tokens) for _ in range(COPIES)]
-            ours = _time(load(case.operator), sets, device)
-            row = {"ms": ours} | _rates(case, sets[0], ours, top)
-            for name in case.against.split():
-                row |= _alternative(name, case, sets, device, tiny=tiny)
-            section.add(case.name, **row)
-            del sets
+    rows = [(case.name, case, sizes.tokens) for case in all_cases(sizes, device)]
+    chosen = [case for case in pointwise(sizes, device) if case.name in POINTWISE]
+    rows += [(at_tokens(case.name, n), case, n) for case in chosen for n in sizes.pointwise_tokens]
+    for name, case, tokens in rows:
+        if section.wants(name):
+            with section.attempt(name):
+                section.add(name, **_row(case, tokens, device, top, tiny=tiny))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    head_loss.run(section, sizes, device, tiny=tiny)
     _fused_product(section, sizes, device, tiny=tiny)
+
+
+def _row(case: Case, tokens: int, device: torch.device, top: Ceilings, *, tiny: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    sets = [case.make(torch.float16 if tiny else torch.bfloat16, tokens) for _ in range(COPIES)]
+    ours = _time(load(case.operator), sets, device)
+    row = {"ms": ours} | _rates(case, sets[0], ours, top)
+    for name in case.against.split():
+        row |= _alternative(name, case, sets, device, tiny=tiny)
+    return row
 
 
 def measured_ceilings(section: Section, device: torch.device, *, tiny: bool) -> Ceilings:
@@ -61,64 +78,54 @@ def _rates(case: Case, arguments: tuple[Any, ...], ms: float, top: Ceilings) -> 
 def _alternative(
     name: str, case: Case, sets: list[tuple[Any, ...]], device: torch.device, *, tiny: bool
 ) -> dict[str, Any]:
-    """Milliseconds of an alternative, or why there are none."""
+    """Milliseconds of an alternative, or what it raised; nothing where it is not installed."""
+    try:
+        return _others(name, case, sets, device, tiny=tiny)
+    except Exception as error:
+        if "CUDA error" in str(error):
+            raise
+        return {f"{name}_failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+
+
+def _others(
+    name: str, case: Case, sets: list[tuple[Any, ...]], device: torch.device, *, tiny: bool
+) -> dict[str, float]:
     reference = PRIMITIVES[case.operator].implementations["reference"]
     if name == "eager":
         return {"eager_ms": _time(reference, sets, device)}
     if name == "compile":
-        return {} if tiny else {"compile_ms": _time(torch.compile(reference), sets, device)}
-    if name == "sdpa":
-        return _sdpa(case, sets, device)
-    function = _liger(case.operator)
-    return {} if function is None else {"liger_ms": _time(function, sets, device)}
+        return {"compile_ms": _time(_compiled(reference, tiny=tiny), sets, device)}
+    if name != "liger":
+        return attention_others.times(name, case, sets, device)
+    if not liger.installed():
+        return {}
+    return {"liger_ms": median_ms([liger.FORMS[case.operator](*arguments) for arguments in sets], device)}
 
 
-def _sdpa(case: Case, sets: list[tuple[Any, ...]], device: torch.device) -> dict[str, float]:
-    """PyTorch's fused attention on the same sequences, laid out as it wants them."""
-    offset = case.operator == "attention_backward"
-    q, k, v = sets[0][int(offset) : int(offset) + 3]
-    segments = sets[0][8 if offset else 5]
-    batch = len(segments)
-    heads = [t.unflatten(0, (batch, -1)).transpose(1, 2).contiguous().requires_grad_(offset) for t in (q, k, v)]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    if not offset:
-        return {"sdpa_ms": median_ms([lambda: attend(*heads, is_causal=True, enable_gqa=True)], device)}
-    out = attend(*heads, is_causal=True, enable_gqa=True)
-    dout = torch.randn_like(out)
-    return {"sdpa_ms": median_ms([lambda: torch.autograd.grad(out, heads, dout, retain_graph=True)], device)}
-
-
-def _liger(operator: str) -> Callable[..., Any] | None:
-    """Liger's forward function of an operator, where the package is installed."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    return {
-        "rms_norm": lambda x, residual, weight, *_: LigerRMSNormFunction.apply(x + residual, weight, 1e-5),
-        "glu": lambda gate_up, *_: LigerSiLUMulFunction.apply(*gate_up.chunk(2, dim=1)),
-        "label_loss": lambda x, head, targets, *_: LigerFusedLinearCrossEntropyFunction.apply(
-            x.requires_grad_(), head, targets
-        ),
-    }.get(operator)
+def _compiled(reference: Callable[..., Any], *, tiny: bool) -> Callable[..., Any]:
+    """For these shapes alone; at tiny sizes traced, but not translated."""
+    torch.compiler.reset()
+    return torch.compile(reference, dynamic=False, backend="eager" if tiny else "inductor")
 
 
 def _fused_product(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
     """One Triton product with the low-rank term inside, beside the library's bordered one and its plain one."""
-    from peftdyno.kernels.triton import lora_gemm
-
     config, dtype = sizes.config(), torch.float16 if tiny else torch.bfloat16
     d, f, n, p = config.hidden_size, config.intermediate_size, sizes.tokens, max(16, sizes.rank)
     for site, columns, out in (("gate_up", d, 2 * f), ("down", f, d)):
         name = f"fused product {site}"
         if section.wants(name):
-            whole, weight = (torch.randn(m, columns + p, device=device).to(dtype) for m in (n, out))
-            x, w, u, up = whole[:, :columns], weight[:, :columns], whole[:, columns:], weight[:, columns:]
-            row = {
-                "ms": median_ms([lambda: lora_gemm.product(x, w, u, up)], device),  # noqa: B023
-                "bordered_ms": median_ms([lambda: torch.mm(whole, weight.t())], device),  # noqa: B023
-                "frozen_ms": median_ms([lambda: torch.mm(x, w.t())], device),  # noqa: B023
-            }
-            section.add(name, **row)
+            with section.attempt(name):
+                whole, weight = (torch.randn(m, columns + p, device=device).to(dtype) for m in (n, out))
+                section.add(name, **_products(whole, weight, columns, device))
+
+
+def _products(whole: Tensor, weight: Tensor, columns: int, device: torch.device) -> dict[str, float]:
+    from peftdyno.kernels.triton import lora_gemm
+
+    x, w, u, up = whole[:, :columns], weight[:, :columns], whole[:, columns:], weight[:, columns:]
+    return {
+        "ms": median_ms([lambda: lora_gemm.product(x, w, u, up)], device),
+        "bordered_ms": median_ms([lambda: torch.mm(whole, weight.t())], device),
+        "frozen_ms": median_ms([lambda: torch.mm(x, w.t())], device),
+    }

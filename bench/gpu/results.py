@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+class DeviceLost(RuntimeError):
+    """The GPU refuses further work of this process."""
 
 
 @dataclass
@@ -22,21 +28,35 @@ class Section:
 
     @classmethod
     def open(cls, name: str, folder: Path, seconds: float, *, fresh: bool) -> Section:
-        """The section as an earlier call left it, or an empty one."""
+        """The section as an earlier call left it, without rows that are worth another try, or an empty one."""
         file = folder / f"{name}.jsonl"
         if fresh:
             file.unlink(missing_ok=True)
         lines = file.read_text().splitlines() if file.exists() else []
-        return cls(name, file, seconds, {row["name"]: row for row in map(json.loads, lines)})
+        rows = {row["name"]: row for row in map(json.loads, lines)}
+        return cls(name, file, seconds, {n: row for n, row in rows.items() if not row.get("again")})
 
-    def wants(self, name: str) -> bool:
-        """Whether a row is still to be measured, and there is time for it."""
+    def wants(self, name: str, takes: float = 0.0) -> bool:
+        """Whether a row is still to be measured, and there is time for it; `takes` seconds, where that is long."""
         if name in self.rows:
             return False
-        if time.monotonic() - self.began < self.seconds:
+        if time.monotonic() - self.began + takes < self.seconds:
             return True
         self.left.append(name)
         return False
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Keep what a row raises in its place and go on. Raises DeviceLost where the device itself failed: no later
+        row could run in this process."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            lost = "CUDA error" in str(error)
+            self.add(name, ok=False, failed=reason, again=not lost)
+            if lost:
+                raise DeviceLost(f"{name}: {reason}") from error
 
     def add(self, name: str, **values: Any) -> None:
         """Keep a row."""

@@ -12,6 +12,21 @@ from peftdyno.engine.families import config_from_hf
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A grid of short runs, shaped as PEFT-Bench's (arXiv:2511.21285): every method on every task with every seed."""
+
+    methods: tuple[str, ...]
+    tasks: tuple[tuple[int, int, int], ...]
+    """Of each task: tokens of the instruction that all its rows begin with, tokens of the shortest and longest row."""
+    seeds: int
+    batch: int
+    steps: int
+    """Of each run; the first is not counted."""
+    rows: int
+    """Examples of a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     """A decoder's config in transformers' names, and what a step is made of."""
 
@@ -25,6 +40,9 @@ class Sizes:
     prompts: tuple[int, int, int]
     """Classification: sequences of a batch, shared tokens, own tokens."""
     new_tokens: int
+    pointwise_tokens: tuple[int, ...]
+    """Tokens at which norms, activations and rotary embeddings are timed besides."""
+    grid: Grid
     layers_of_hf: int
     """Layers of the model built by transformers for comparison."""
     losses: tuple[int, int, int]
@@ -52,6 +70,15 @@ FULL = Sizes(
     labels_checked=512,
     prompts=(64, 400, 100),
     new_tokens=128,
+    pointwise_tokens=(512, 2048, 32768),
+    grid=Grid(
+        methods=("lora", "ia3", "prompt-tuning"),
+        tasks=((30, 60, 120), (40, 100, 200)),
+        seeds=5,
+        batch=4,
+        steps=13,
+        rows=64,
+    ),
     layers_of_hf=32,
     losses=(4, 1024, 50),
 )
@@ -78,6 +105,8 @@ TINY = Sizes(
     labels_checked=9,
     prompts=(2, 6, 4),
     new_tokens=2,
+    pointwise_tokens=(7,),
+    grid=Grid(methods=("ia3",), tasks=((2, 4, 6), (2, 5, 8)), seeds=2, batch=2, steps=2, rows=4),
     layers_of_hf=1,
     losses=(1, 12, 3),
 )

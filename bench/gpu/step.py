@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peftdyno.bench.gpu import losses
+from peftdyno.bench.gpu import hf_step, liger, losses, same_bits
 from peftdyno.bench.gpu.micro import measured_ceilings
 from peftdyno.bench.gpu.results import Section
 from peftdyno.bench.gpu.sizes import Sizes
@@ -29,6 +28,7 @@ from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.weights import random_weights
 
 STEPS, WARM_UP = 6, 2
+FROZEN, HF, HF_LIGER = "frozen forward and input gradient", "HF + PEFT", "HF + PEFT + Liger"
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,23 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
     top = measured_ceilings(section, device, tiny=tiny)
     for setting in settings(sizes):
         if section.wants(setting.name):
-            row = _step(setting, sizes, device, tiny=tiny)
-            row["of_matmul_ceiling"] = row["flops"] / row["seconds"] / top.flops_per_second
-            section.add(setting.name, **row)
+            with section.attempt(setting.name):
+                row = _step(setting, sizes, device, tiny=tiny)
+                row["of_matmul_ceiling"] = row["flops"] / row["seconds"] / top.flops_per_second
+                section.add(setting.name, **row)
             release(device)
-    if section.wants("frozen forward and input gradient"):
-        section.add("frozen forward and input gradient", seconds=frozen_step(sizes, device, tiny=tiny))
+    if section.wants(FROZEN):
+        with section.attempt(FROZEN):
+            section.add(FROZEN, seconds=frozen_step(sizes, device, tiny=tiny))
         release(device)
     losses.run(section, sizes, device)
     release(device)
-    for name, liger in (("HF + PEFT", False), ("HF + PEFT + Liger", True)):
-        if section.wants(name) and (not liger or importlib.util.find_spec("liger_kernel")):
-            section.add(name, **_hugging_face(sizes, device, liger=liger))
+    same_bits.run(section, sizes, device)
+    release(device)
+    for name, patched in ((HF, False), (HF_LIGER, True)):
+        if (not patched or liger.installed()) and section.wants(name, takes=60.0):
+            with section.attempt(name):
+                section.add(name, **hf_step.measure(sizes, device, times, liger=patched, tiny=tiny))
             release(device)
 
 
@@ -141,35 +146,3 @@ def frozen_step(sizes: Sizes, device: torch.device, *, tiny: bool) -> float:
         torch.autograd.grad(decoder.losses(pack, bank).sum(), decoder.weights.embed)
 
     return times(call, device, 2 if tiny else STEPS)
-
-
-def _hugging_face(sizes: Sizes, device: torch.device, *, liger: bool) -> dict[str, Any]:
-    """The same step by transformers and PEFT: SDPA attention, AdamW, random weights of the same shape."""
-    import peft
-    import transformers
-
-    config = transformers.LlamaConfig(**(dict(sizes.fields) | {"num_hidden_layers": sizes.layers_of_hf}))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
-    with torch.device(device):
-        base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    targets = list(MODULES)
-    lora = peft.LoraConfig(r=sizes.rank, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
-    tuned = peft.get_peft_model(base, lora)
-    tuned.train()
-    trained = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=device.type == "cuda")
-    tokens = torch.randint(3, config.vocab_size, (sizes.sequences, sizes.length), device=device)
-
-    def call() -> None:
-        tuned(input_ids=tokens, labels=tokens).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = times(call, device, STEPS if device.type == "cuda" else 2)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return {"seconds": seconds, "tokens_per_second": sizes.tokens / seconds, "peak_bytes": peak}

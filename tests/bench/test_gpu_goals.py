@@ -1,0 +1,197 @@
+"""Every goal of the GPU machine's table has a row that some section makes, and tiny sizes make them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from peftdyno.bench.gpu import (
+    __main__ as command,
+)
+from peftdyno.bench.gpu import (
+    checks,
+    decode,
+    goals,
+    grid,
+    head_loss,
+    liger,
+    memory,
+    micro,
+    peak,
+    same_bits,
+    step,
+)
+from peftdyno.bench.gpu.goal import at_most, lines, read
+from peftdyno.bench.gpu.results import DeviceLost, Section
+from peftdyno.bench.gpu.sizes import FULL, TINY, Sizes
+from peftdyno.kernels import dispatch
+from peftdyno.kernels.library import PRIMITIVES
+
+LEAST = replace(TINY, length=8, losses=(1, 8, 2), pointwise_tokens=(3,), grid=replace(TINY.grid, tasks=((2, 4, 6),)))
+"""Sizes that run in seconds."""
+CPU = torch.device("cpu")
+MODULES: dict[str, ModuleType] = {
+    "kernels": checks, "micro": micro, "grid": grid, "step": step, "decode": decode, "memory": memory,
+}  # fmt: skip
+
+
+class Anything(dict[str, Any]):
+    """A row that has every value."""
+
+    def __missing__(self, key: str) -> float:
+        return 1.0
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+
+class Listing(Section):
+    """A section that measures nothing and keeps the names it is asked for."""
+
+    def wants(self, name: str, takes: float = 0.0) -> bool:
+        self.left.append(name)
+        return False
+
+
+class Asked(dict[str, Any]):
+    """Rows that remember which of them were read."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__({name: Anything() for name in names})
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+class Chosen(Section):
+    """A section that measures the rows named, where they are not there yet."""
+
+    names: set[str]
+
+    def wants(self, name: str, takes: float = 0.0) -> bool:
+        return name in self.names and name not in self.rows
+
+
+def listed(sizes: Sizes, section: str, folder: Path, *, tiny: bool) -> list[str]:
+    """Names of the rows that a section can make."""
+    listing = Listing(section, folder / f"{section}.jsonl", 0.0)
+    listing.rows["ceilings"] = {"bytes_per_second": 1.0, "flops_per_second": 1.0}
+    MODULES[section].run(listing, sizes, CPU, tiny=tiny)
+    return listing.left
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of Liger-Kernel, PyTorch: its rows are made too."""
+    monkeypatch.setattr(liger, "installed", lambda: True)
+    for name in liger.FORMS:
+        reference = PRIMITIVES[name].implementations["reference"]
+        monkeypatch.setitem(liger.FORMS, name, lambda *a, call=reference: lambda: call(*a))
+    unpatched = SimpleNamespace(apply_liger_kernel_to_llama=lambda: None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=unpatched))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", unpatched)
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    dispatch.use("triton")
+    yield
+    dispatch.use("auto")
+
+
+def test_the_command_runs_every_section() -> None:
+    assert set(command.SECTIONS) == set(MODULES)
+    assert command.SECTIONS.index("grid") < command.SECTIONS.index("step"), "the last step row patches transformers"
+
+
+def test_some_section_makes_the_row_of_every_goal(tmp_path: Path, stand_in: None) -> None:
+    rows = {s: {n: Anything() for n in listed(FULL, s, tmp_path, tiny=False)} for s in MODULES}
+    report = goals.report(rows, FULL)
+    assert [goal["goal"] for goal in report if goal["figure"] is None] == []
+    assert len({goal["goal"] for goal in report}) == len(report)
+    assert all(goal["figure"] is None and goal["met"] is None for goal in goals.report({}, FULL))
+
+
+def test_a_goal_without_a_row_is_found(tmp_path: Path, stand_in: None) -> None:
+    """Whatever single section is missing, some goal has no figure."""
+    every = {s: {n: Anything() for n in listed(FULL, s, tmp_path, tiny=False)} for s in MODULES}
+    for section in MODULES:
+        rest = {s: rows for s, rows in every.items() if s != section}
+        assert any(goal["figure"] is None for goal in goals.report(rest, FULL)), section
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
+def test_tiny_sizes_give_every_goal_of_a_section_its_figure(
+    name: str, tmp_path: Path, stand_in: None, triton_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that goals read, run in the interpreter; of the kernels' checks two operators."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(micro, "COPIES", 1)
+    monkeypatch.setattr(same_bits, "STEPS", 1)
+    monkeypatch.setattr(same_bits, "TRIED", ("lora",))
+    asked = Asked(listed(LEAST, name, tmp_path, tiny=True))
+    expected = {goal["goal"] for goal in goals.report({name: asked}, LEAST) if goal["figure"] is not None}
+    section = Chosen(name, tmp_path / f"{name}.jsonl", 600.0)
+    section.names = asked.read or {row for row in asked if row.startswith(("label_loss", "glu silu"))}
+    MODULES[name].run(section, LEAST, CPU, tiny=True)
+    assert [row for row in section.rows.values() if row.get("ok") is False] == []
+    rows = Section.open(name, tmp_path, 0.0, fresh=False).rows
+    report = {goal["goal"]: goal for goal in goals.report({name: rows}, LEAST) if goal["goal"] in expected}
+    assert expected and [goal for goal in expected if report[goal]["figure"] is None] == []
+    assert all(goal["met"] for goal in report.values() if "same bits" in goal["goal"])
+
+
+def test_a_goal_ends_with_a_verdict_where_figures_count() -> None:
+    aims = [at_most("a", 1.0, "x", read("s", "r", key)) for key in ("small", "large", "absent")]
+    report = [goal.report({"s": {"r": {"small": 0.5, "large": 2.0}}}) for goal in aims]
+    verdicts = [line.split("  ")[-1].strip() for line in lines(report, counts=True)]
+    assert verdicts == ["met", "not met", "not measured"]
+    assert "not met" not in "".join(lines(report, counts=False))
+
+
+def test_a_row_that_raises_is_kept_and_tried_again(tmp_path: Path) -> None:
+    section = Section.open("micro", tmp_path, 60.0, fresh=False)
+    with section.attempt("a"):
+        raise ValueError("no such tile\nand more")
+    assert section.rows["a"]["ok"] is False and section.rows["a"]["failed"] == "ValueError: no such tile"
+    with pytest.raises(DeviceLost), section.attempt("b"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    again = Section.open("micro", tmp_path, 60.0, fresh=False)
+    assert again.wants("a") and not again.wants("b"), "what ended the process is not tried before --fresh"
+
+
+def test_a_long_row_waits_for_a_call_with_time_for_it(tmp_path: Path) -> None:
+    section = Section.open("grid", tmp_path, 60.0, fresh=False)
+    assert not section.wants("long", takes=61.0) and section.wants("short", takes=1.0)
+    assert section.left == ["long"]
+
+
+def test_extra_bytes_are_those_above_inputs_and_results() -> None:
+    x = torch.ones(1000)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        doubled = x * 2
+        return (doubled[:10] + 1,)
+
+    assert peak.extra_bytes(call, [x], CPU) == x.nbytes
+
+
+def test_head_and_loss_hold_their_logits_and_rows_of_labels(tmp_path: Path, triton_kernels: None) -> None:
+    section = Section.open("micro", tmp_path, 60.0, fresh=False)
+    head_loss.run(section, TINY, CPU, tiny=True)
+    every, some = (section.rows[head_loss.row_name(share)] for share in (1, head_loss.SPARSE))
+    assert every["labels"] == TINY.tokens and some["labels"] == -(-TINY.tokens // head_loss.SPARSE)
+    row = 2 * (TINY.config().vocab_size + 2 * TINY.config().hidden_size)
+    assert every["extra_bytes"] >= TINY.tokens * row > some["extra_bytes"]
