@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.bench.gpu.hf_step import base_model
-from peftdyno.bench.gpu.sizes import Sizes
+from peftdyno.bench.gpu.sizes import Grid, Sizes
 from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.batching import Example, training_sequences
@@ -64,7 +64,7 @@ class Runs:
         self.base = base_model(self.sizes, self.device)
 
     def seconds(self, name: str, runs: Sequence[tuple[int, int]], rows: Sequence[list[Example]]) -> float:
-        """From the end of the first step to that of the last, of the one run in `runs`."""
+        """From the end of the warm-up to that of the last step, of the one run in `runs`."""
         import peft
 
         ((task, seed),) = runs
@@ -73,7 +73,7 @@ class Runs:
         trained, expected = tuned.get_nb_trainable_parameters()[0], METHODS[name]().trainable_count(self.sizes.config())
         assert trained == expected, (name, trained, expected)
         data = self._ordered(rows[task], seed)
-        clock = _Clock(self.sizes.grid.steps, self.device)
+        clock = _Clock(self.sizes.grid, self.device)
         (self._by_trainer if self.trainer else self._by_loop)(tuned.train(), data, METHODS[name], clock)
         if hasattr(tuned.base_model, "unload"):
             self.base = tuned.unload()
@@ -146,16 +146,16 @@ class Runs:
 
 
 class _Clock:
-    """Times of the ends of the first and the last step."""
+    """Times of the ends of the warm-up and of the last step."""
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self.steps, self.device, self.done = steps, device, 0
+    def __init__(self, grid: Grid, device: torch.device) -> None:
+        self.timed, self.device, self.done = (grid.warm_up, grid.steps), device, 0
         self.ends: list[float] = []
 
     def tick(self) -> None:
         """At the end of a step."""
         self.done += 1
-        if self.done in (1, self.steps):
+        if self.done in self.timed:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())

@@ -19,9 +19,12 @@ class Grid:
     tasks: tuple[tuple[int, int, int], ...]
     """Of each task: tokens of the instruction that all its rows begin with, tokens of the shortest and longest row."""
     seeds: int
+    alone: int
+    """Seeds that are also trained one after another; one takes as long as another."""
     batch: int
     steps: int
-    """Of each run; the first is not counted."""
+    warm_up: int
+    """First steps of a training, off the clock: kernels are compiled, and recordings made."""
     rows: int
     """Examples of a task."""
 
@@ -75,8 +78,10 @@ FULL = Sizes(
         methods=("lora", "ia3", "prompt-tuning"),
         tasks=((30, 60, 120), (40, 100, 200)),
         seeds=5,
+        alone=1,
         batch=4,
-        steps=13,
+        steps=80,
+        warm_up=16,
         rows=64,
     ),
     layers_of_hf=32,
@@ -106,7 +111,7 @@ TINY = Sizes(
     prompts=(2, 6, 4),
     new_tokens=2,
     pointwise_tokens=(7,),
-    grid=Grid(methods=("ia3",), tasks=((2, 4, 6), (2, 5, 8)), seeds=2, batch=2, steps=2, rows=4),
+    grid=Grid(methods=("ia3",), tasks=((2, 4, 6), (2, 5, 8)), seeds=2, alone=1, batch=2, steps=2, warm_up=1, rows=4),
     layers_of_hf=1,
     losses=(1, 12, 3),
 )

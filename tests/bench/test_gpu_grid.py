@@ -11,15 +11,21 @@ from peftdyno.bench.gpu import grid
 from peftdyno.bench.gpu.hf_grid import IGNORED, Runs, padded
 from peftdyno.bench.gpu.sizes import FULL, TINY
 from peftdyno.engine.batching import training_sequences
+from peftdyno.engine.step_graphs import LEAST_STEPS
 
 
 @pytest.mark.parametrize("arrangement", [grid.TOGETHER, grid.ALL_TOGETHER, grid.ALONE])
 def test_every_arrangement_trains_each_run_once(arrangement: str) -> None:
     trainings = grid.groups(FULL.grid, arrangement)
     runs = [(method, *run) for method, group in trainings for run in group]
-    assert len(set(runs)) == len(runs) == len(FULL.grid.methods) * len(FULL.grid.tasks) * FULL.grid.seeds
+    seeds = FULL.grid.alone if arrangement == grid.ALONE else FULL.grid.seeds
+    assert len(set(runs)) == len(runs) == len(FULL.grid.methods) * len(FULL.grid.tasks) * seeds
     sizes = {len(group) for _, group in trainings}
     assert sizes == {{grid.TOGETHER: 5, grid.ALL_TOGETHER: 10, grid.ALONE: 1}[arrangement]}
+
+
+def test_a_training_is_long_enough_to_be_recorded() -> None:
+    assert FULL.grid.steps >= LEAST_STEPS and FULL.grid.warm_up < FULL.grid.steps
 
 
 def test_rows_are_as_long_as_the_benchmark_s() -> None:
