@@ -26,10 +26,12 @@ INSTRUCTION_SETS = ("amx", "avx512", "avx2", "portable")
 
 
 def implementations(name: str) -> dict[str, Callable[..., Any]]:
-    """`{"cpu": operator}` where the extension has the operator `peftdyno_cpu::name`, else nothing."""
+    """`{"cpu": operator}` where the extension has the operator `name`, else nothing: the plain function where there is
+    one, for it is called many times a step, else torch's operator `peftdyno_cpu::name`."""
     if not AVAILABLE or not hasattr(torch.ops.peftdyno_cpu, name):
         return {}
-    return {"cpu": getattr(torch.ops.peftdyno_cpu, name).default}
+    module = importlib.import_module("peftdyno.kernels._cpu")
+    return {"cpu": getattr(module, name, getattr(torch.ops.peftdyno_cpu, name).default)}
 
 
 def instruction_set() -> str:

@@ -1,7 +1,7 @@
 // Registration of the operators and the module that Python imports; nothing else.
-#include <Python.h>
 #include <torch/library.h>
 
+#include "direct.h"
 #include "kernels.h"
 #include "operators.h"
 
@@ -92,8 +92,22 @@ TORCH_LIBRARY_IMPL(peftdyno_cpu, CPU, m) {
   m.impl("attention_workspace", &peftdyno::attention_workspace);
 }
 
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-
-PyMODINIT_FUNC PyInit__cpu() {
-  return PyModule_Create(&definition);
+PYBIND11_MODULE(_cpu, m) {
+  peftdyno::define<&peftdyno::rms_norm>(m, "rms_norm");
+  peftdyno::define<&peftdyno::rms_norm_backward>(m, "rms_norm_backward");
+  peftdyno::define<&peftdyno::glu>(m, "glu");
+  peftdyno::define<&peftdyno::glu_backward>(m, "glu_backward");
+  peftdyno::define<&peftdyno::rotary_>(m, "rotary_");
+  peftdyno::define<&peftdyno::bank_scale_>(m, "bank_scale_");
+  peftdyno::define<&peftdyno::bank_shift_>(m, "bank_shift_");
+  peftdyno::define<&peftdyno::bank_column_sums>(m, "bank_column_sums");
+  peftdyno::define<&peftdyno::scale_rows>(m, "scale_rows");
+  peftdyno::define<&peftdyno::adamw_>(m, "adamw_");
+  peftdyno::define<&peftdyno::label_loss>(m, "label_loss");
+  peftdyno::define<&peftdyno::linear>(m, "linear");
+  peftdyno::define<&peftdyno::linear_backward>(m, "linear_backward");
+  peftdyno::define<&peftdyno::lora_linear>(m, "lora_linear");
+  peftdyno::define<&peftdyno::lora_linear_backward>(m, "lora_linear_backward");
+  peftdyno::define<&peftdyno::attention>(m, "attention");
+  peftdyno::define<&peftdyno::attention_backward>(m, "attention_backward");
 }

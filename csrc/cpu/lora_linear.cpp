@@ -47,9 +47,11 @@ std::tuple<Tensor, Tensors, Tensors> lora_linear_backward(
   Tensor dx = need_x ? at::empty({x.size(0), x.size(1)}, dy.options()) : at::empty({0}, dy.options());
   if (need_x) lora.dx = rows_of(dx);
   call.pack(need_x ? UP | DOWN_ROWS : UP, x);
-  const Tensor sums = at::zeros({call.threads(), call.gradient_size}, x.options().dtype(at::kFloat));
+  const Tensor sums = empty_float({call.threads(), call.gradient_size}, x);
   call.for_shares(x, [&](int64_t thread, int64_t begin, int64_t end, void* scratch) {
-    kernels().lora_backward(lora, begin, end, sums.data_ptr<float>() + thread * call.gradient_size, scratch);
+    float* mine = sums.data_ptr<float>() + thread * call.gradient_size;
+    std::fill_n(mine, call.gradient_size, 0.0f);
+    kernels().lora_backward(lora, begin, end, mine, scratch);
   });
   if (need_x) product(dy, weight, dx, {.accumulate = true});
   const LoraSums parts{sums.data_ptr<float>(), call.gradient_size, call.threads()};
