@@ -41,34 +41,50 @@ NUM_CHECKED = 2
 
 
 @dataclass
+class _AskedKeys(AdapterBank):
+    """The bank, noting of which random streams its method asks the keys."""
+
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+    def keys(self, purpose: str, layer: int) -> list[int]:
+        """The 64-bit key of each run."""
+        self.asked.append((purpose, layer))
+        return super().keys(purpose, layer)
+
+
+@dataclass
 class _GivenKeys(AdapterBank):
     """The bank with keys of random streams that lie where a recording reads them, and a state of its own."""
 
+    asked: tuple[tuple[str, int], ...] = ()
     given: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """[M, R] by layer and site: views of `lying`, in the order of `asked`."""
     lying: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @classmethod
     def like(cls, bank: AdapterBank) -> _GivenKeys:
         """The parameters and gradients of a bank."""
         shared = {item.name: getattr(bank, item.name) for item in fields(AdapterBank)}
-        made = cls(**(shared | {"state": {}, "training": True}))
-        keys = made.keys_of_step()
-        made.lying = made.lying.new_empty(sum(k.numel() for k in keys.values())).to(bank.flat.device)
-        parts = made.lying.split([k.numel() for k in keys.values()])
-        made.given = {name: part.view(k.shape) for (name, k), part in zip(keys.items(), parts, strict=True)}
+        shared |= {"state": {}, "training": True}
+        probe = _AskedKeys(**shared)
+        edits = {(i, site): probe.linear(i, site) for i in range(bank.config.num_hidden_layers) for site in SITES}
+        keys = {place: e.keys for place, e in edits.items() if e is not None and e.keys is not None}
+        made = cls(**shared, asked=tuple(probe.asked))
+        expected = [key for own in keys.values() for key in own.flatten().tolist()]
+        assert expected == made._keys_of_step(), "a method's keys lie as it asked for them"
+        made.lying = torch.tensor(expected, dtype=torch.int64, device=bank.flat.device)
+        parts = made.lying.split([own.numel() for own in keys.values()])
+        made.given = {place: part.view(keys[place].shape) for place, part in zip(keys, parts, strict=True)}
         return made
 
-    def keys_of_step(self) -> dict[tuple[int, str], Tensor]:
-        """Keys [M, R] by layer and site, for the products that have any."""
-        places = [(layer, site) for layer in range(self.config.num_hidden_layers) for site in SITES]
-        edits = {place: super(_GivenKeys, self).linear(*place) for place in places}
-        return {place: e.keys for place, e in edits.items() if e is not None and e.keys is not None}
+    def _keys_of_step(self) -> list[int]:
+        return [key for purpose, layer in self.asked for key in self.keys(purpose, layer)]
 
     def fill(self, step: int) -> None:
         """Put the keys of a step where recordings read them."""
         self.step = step
-        if self.given:
-            self.lying.copy_(torch.cat([keys.flatten() for keys in self.keys_of_step().values()]))
+        if self.asked:
+            self.lying.copy_(torch.tensor(self._keys_of_step()))
 
     def linear(self, layer: int, site: str) -> LinearEdits | None:
         """Edits of a fused product."""

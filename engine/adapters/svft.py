@@ -72,6 +72,9 @@ class SVFT(Method):
         if not weights.embed.is_meta:
             bank.methods = tuple(_identified(method, digest.hexdigest()) for method in bank.methods)
 
+    def unrecordable(self) -> str:
+        return "SVFT copies the bounds of the runs to the device in every product"
+
     def product(
         self,
         bank: AdapterBank,

@@ -4,16 +4,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from peftdyno.engine import step_graphs as graphs
 from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.accounting.predict import Job
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.graphs import EagerRecorder
@@ -23,7 +27,9 @@ from peftdyno.engine.pack_padding import PackSize, padded
 from peftdyno.engine.step_graphs import StepGraphs, step_graphs
 from peftdyno.engine.train import TrainConfig, forward_backward, train
 
+from .banks import FORMS as FORMS_OF_ALL
 from .banks import TinyModel, backward, pack_of, random_sequences, relative, shake, small_method, tiny_model
+from .tiny_job import CONFIG as TINY
 from .tiny_job import job, tiny_bank, tiny_decoder
 
 ROUNDING = 2e-6
@@ -321,12 +327,54 @@ def test_choices(llama: TinyModel) -> None:
         step_graphs(EagerRecorder(), cheap, bank, 100)
 
 
+class FromHost(TorchFunctionMode):
+    """Notes what Python puts on the device, or reads from it, while it is entered; `meta` stands for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        there = isinstance(result, Tensor) and result.is_meta
+        given = [a for a in args if isinstance(a, Tensor)]
+        made = func in (torch.tensor, torch.as_tensor, torch.from_numpy)
+        moved = func in (Tensor.to, Tensor.copy_) and any(not a.is_meta for a in given)
+        read = func in (Tensor.item, Tensor.tolist, Tensor.cpu) and any(a.is_meta for a in given)
+        if (there and (made or moved)) or read:
+            self.found.append(func.__name__)
+        return result
+
+
+def taken_from_host(method: Method) -> list[str]:
+    """What a recorded step of two runs takes from the host, beside what is put into its buffers."""
+    job = Job(config=TINY, methods=(method, method), dtype=torch.bfloat16, device="cuda")
+    decoder, bank = job.model(Scope())
+    steps = StepGraphs(decoder, bank, EagerRecorder())
+    recording = graphs._Recording.of(decoder, pack_of(bank, batch([9, 14], 2), share_prefix=True))
+    with FromHost() as mode:
+        steps._run(recording)
+    return mode.found
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS_OF_ALL if not small_method(form).unrecordable()])
+def test_what_is_recorded_takes_nothing_from_the_host(form: str) -> None:
+    """A CUDA graph would repeat the copy of the step that was recorded."""
+    assert taken_from_host(small_method(form)) == []
+
+
+@pytest.mark.parametrize(("name", "options"), [("lora", {"dora": True}), ("lora", {"lora_bias": True}), ("svft", {})])
+def test_copies_from_the_host_would_be_seen(name: str, options: dict) -> None:
+    assert "tensor" in taken_from_host(METHODS[name](**options))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
         ("lora", {"dora": True}, "DoRA"),
         ("lora", {"lora_bias": True}, "lora_bias"),
         ("p-tuning", {"num_virtual_tokens": 4, "hidden_size": 16}, "LSTM"),
+        ("svft", {}, "SVFT"),
     ],
 )
 def test_methods_that_read_the_host_are_named(name: str, options: dict, reason: str, llama: TinyModel) -> None:
