@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,22 +22,26 @@ from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import MODULES, Method
 from peftdyno.engine.border import lay_borders
 from peftdyno.engine.decoder import Decoder
+from peftdyno.engine.graphs import CudaRecorder, EagerRecorder
 from peftdyno.engine.optim import AdamW
 from peftdyno.engine.pack import Pack, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.step_graphs import StepGraphs
 from peftdyno.engine.weights import random_weights
 
 STEPS, WARM_UP = 6, 2
+SHORT = "4 short rows"
 FROZEN, HF, HF_LIGER = "frozen forward and input gradient", "HF + PEFT", "HF + PEFT + Liger"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row: the method of each run, and whether products are bordered."""
+    """A row: the method of each run, whether products are bordered, and whether the step is recorded and replayed."""
 
     name: str
     methods: tuple[Method, ...]
     bordered: bool = False
+    graphs: bool = False
 
 
 def settings(sizes: Sizes) -> list[Setting]:
@@ -51,6 +55,20 @@ def settings(sizes: Sizes) -> list[Setting]:
         Setting(f"lora r16, dropout, {sizes.runs} runs", (lora,) * sizes.runs, True),
         *(Setting(name, (METHODS[name](),)) for name in ("ia3", "ln-tuning", "bitfit")),
     ]
+
+
+def short_settings(sizes: Sizes) -> list[Setting]:
+    """The first setting on a few short rows, where launching takes longer than computing: launched, and replayed."""
+    lora = settings(sizes)[0]
+    return [
+        replace(lora, name=f"{lora.name}, {SHORT}"),
+        replace(lora, name=f"{lora.name}, {SHORT}, graph", graphs=True),
+    ]
+
+
+def short(sizes: Sizes) -> Sizes:
+    """The rows of `short_settings`."""
+    return replace(sizes, sequences=4, length=min(128, sizes.length))
 
 
 def pack_of(sizes: Sizes, runs: int, vocabulary: int) -> Pack:
@@ -94,10 +112,11 @@ def times(call: Callable[[], Any], device: torch.device, count: int = STEPS) -> 
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
     """Tokens a second, share of the matmul ceiling by counted FLOPs, and peak memory, a row a setting."""
     top = measured_ceilings(section, device, tiny=tiny)
-    for setting in settings(sizes):
+    rows = [(s, sizes) for s in settings(sizes)] + [(s, short(sizes)) for s in short_settings(sizes)]
+    for setting, computed in rows:
         if section.wants(setting.name):
             with section.attempt(setting.name):
-                row = _step(setting, sizes, device, tiny=tiny)
+                row = _step(setting, computed, device, tiny=tiny)
                 row["of_matmul_ceiling"] = row["flops"] / row["seconds"] / top.flops_per_second
                 section.add(setting.name, **row)
             release(device)
@@ -128,7 +147,9 @@ def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -
     decoder, bank = model(sizes, setting.methods, device, bordered=setting.bordered)
     pack = pack_of(sizes, len(setting.methods), decoder.config.vocab_size)
     optimizer, ledger = AdamW.create(bank), Ledger(Scope())
-    seconds = times(lambda: run_step(decoder, bank, optimizer, [pack], ledger, 1), device, 2 if tiny else STEPS)
+    recorder = CudaRecorder() if device.type == "cuda" else EagerRecorder()
+    graphs = StepGraphs(decoder, bank, recorder) if setting.graphs else None
+    seconds = times(lambda: run_step(decoder, bank, optimizer, [pack], ledger, 1, graphs), device, 2 if tiny else STEPS)
     job = Job(config=decoder.config, methods=setting.methods, dtype=decoder.dtype, device=device.type)
     flops = training_step(job, [pack]).total().flops
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None

@@ -26,6 +26,7 @@ from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_nor
 from peftdyno.engine.pack import Pack, Root, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.quant import quantise_weights
+from peftdyno.engine.step_graphs import StepGraphs
 from peftdyno.engine.train import forward_backward
 from peftdyno.engine.weights import empty_weights
 
@@ -91,11 +92,17 @@ def training_step(job: Job, packs: Sequence[Pack]) -> Tally:
 
 
 def run_step(
-    decoder: Decoder, bank: AdapterBank, optimizer: AdamW, packs: Sequence[Pack], ledger: Ledger, step: int = 0
+    decoder: Decoder,
+    bank: AdapterBank,
+    optimizer: AdamW,
+    packs: Sequence[Pack],
+    ledger: Ledger,
+    step: int = 0,
+    graphs: StepGraphs | None = None,
 ) -> None:
     """One training step in which every run takes part, at rate 0 and charged to the ledger."""
     configs = [OptimConfig(learning_rate=0.0)] * bank.num_runs
-    forward_backward(decoder, bank, packs, step, ledger)
+    forward_backward(decoder, bank, packs, step, ledger, graphs)
     with ledger.phase("optimizer", owner="adapter", layer=-1):
         clips = clip_factors(gradient_norms(bank), configs)
         optimizer.step(bank, configs, [0.0] * bank.num_runs, clips, [True] * bank.num_runs)
