@@ -94,7 +94,7 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
         del decoder
         release(device)
     name = TRAINER if importlib.util.find_spec("accelerate") else LOOP
-    if section.wants(name, takes=180.0):
+    if section.wants(name, takes=120.0):
         with section.attempt(name):
             one = hf_grid.Runs(sizes, device, trainer=name == TRAINER).seconds
             section.add(name, **_row(sizes, groups(sizes.grid, name), one))
