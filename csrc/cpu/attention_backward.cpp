@@ -68,7 +68,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, co
   in.transpose();
   const int64_t threads = useful_threads(in.plan);
   const Tensor scratch = in.scratch(threads, attention_backward_bytes(task.task_rows, d));
-  Tensor all_k = at::zeros({key_heads, task.padded_keys * d}, q.options().dtype(at::kFloat)), all_v = at::zeros_like(all_k);
+  const Tensor sums = empty_float({2, key_heads, task.padded_keys * d}, q);
+  at::parallel_for(0, sums.numel(), 16384, [&](int64_t begin, int64_t end) {
+    std::fill(sums.data_ptr<float>() + begin, sums.data_ptr<float>() + end, 0.0f);
+  });
+  const Tensor all_k = sums.select(0, 0), all_v = sums.select(0, 1);
   std::vector<Borrowed> borrowed;
   for (int64_t t = 0; t < threads; ++t) borrowed.push_back(borrow(in, t, threads));
   in.for_shares(threads, [&](int64_t thread, int64_t begin, int64_t end) {

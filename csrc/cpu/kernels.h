@@ -148,7 +148,7 @@ struct Kernels {
   void (*product)(const Product&, const ProductShare&, const int64_t* run_offsets, int64_t num_runs,
                   void* scratch);  // null where the library's products are faster
   void (*pack_product)(const Product&, int64_t begin, int64_t end, void* to);
-  void (*lora_pack)(const Lora&, const LoraTerm&, void* scratch);
+  void (*lora_pack)(const Lora&, const LoraTerm&, bool up, void* scratch);  // of A, or with `up` of B
   void (*lora_forward)(const Lora&, int64_t begin, int64_t end, void* scratch);
   void (*lora_backward)(const Lora&, int64_t begin, int64_t end, float* gradients, void* scratch);
   void (*lora_finish)(const Lora&, const LoraSums&, const LoraTerm&, float* da, float* db);

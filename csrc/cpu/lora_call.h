@@ -77,7 +77,7 @@ struct LoraShape {
   }
 
   int64_t packing_threads() const {
-    return std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(terms.size()));
+    return std::min<int64_t>(at::get_num_threads(), 2 * static_cast<int64_t>(terms.size()));
   }
 
   // A converted factor and pointers to its rows, for one thread.
@@ -163,9 +163,9 @@ struct LoraCall : LoraShape {
       term.up_transposed = place(UP_TRANSPOSED, operand_bytes(term, term.out_width));
     }
     const Tensor scratch = at::empty({packing_threads(), packing_bytes()}, like.options().dtype(at::kByte));
-    at::parallel_for(0, static_cast<int64_t>(terms.size()), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, 2 * static_cast<int64_t>(terms.size()), 1, [&](int64_t begin, int64_t end) {
       void* mine = scratch.data_ptr<uint8_t>() + at::get_thread_num() * scratch.size(1);
-      for (int64_t t = begin; t < end; ++t) kernels().lora_pack(lora, terms[t], mine);
+      for (int64_t i = begin; i < end; ++i) kernels().lora_pack(lora, terms[i / 2], i % 2 == 1, mine);
     });
   }
 

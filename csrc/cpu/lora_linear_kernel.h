@@ -240,12 +240,11 @@ static void pack_factor(const E* factor, int64_t stride, int64_t first, int64_t 
 }
 
 template <class Engine>
-static void pack_term(const Lora& a, const LoraTerm& term, Scratch scratch) {
+static void pack_down(const Lora& a, const LoraTerm& term, Scratch scratch) {
   using E = typename Engine::Element;
-  const int64_t r = term.rank, rank = term.padded_rank, n = padded_to(r, 16), in = a.width, out = term.out_width;
-  const int64_t larger = in > out ? in : out;
-  E* factor = scratch.take<E>(r * larger);
-  const E** rows = scratch.take<const E*>(r > out ? r : out);
+  const int64_t r = term.rank, rank = term.padded_rank, n = padded_to(r, 16), in = a.width;
+  E* factor = scratch.take<E>(r * in);
+  const E** rows = scratch.take<const E*>(r);
   convert_factor(term.a, r * in, a.keep_scale, factor);
   if (term.down != nullptr)
     pack_factor<Engine>(factor, in, 0, r, n, 0, in, padded_to(in, 32), true, rows, static_cast<E*>(term.down));
@@ -254,6 +253,14 @@ static void pack_term(const Lora& a, const LoraTerm& term, Scratch scratch) {
     pack_factor<Engine>(factor, in, 0, r, rank, c, width, padded_to(width, 32), false, rows,
                         static_cast<E*>(term.down_rows) + c * rank);
   }
+}
+
+template <class Engine>
+static void pack_up(const LoraTerm& term, Scratch scratch) {
+  using E = typename Engine::Element;
+  const int64_t r = term.rank, rank = term.padded_rank, n = padded_to(r, 16), out = term.out_width;
+  E* factor = scratch.take<E>(r * out);
+  const E** rows = scratch.take<const E*>(out);
   convert_factor(term.b, r * out, term.up_scale, factor);
   if (term.up != nullptr)
     pack_factor<Engine>(factor, r, 0, out, padded_to(out, 32), 0, r, n, false, rows, static_cast<E*>(term.up));
@@ -311,9 +318,15 @@ static void backward_all(const Lora& a, int64_t begin, int64_t end, float* gradi
   Engine::end();
 }
 
-static void lora_pack(const Lora& a, const LoraTerm& term, void* scratch) {
+template <class Engine>
+static void pack_factor_of(const Lora& a, const LoraTerm& term, bool up, Scratch scratch) {
+  up ? pack_up<Engine>(term, scratch) : pack_down<Engine>(a, term, scratch);
+}
+
+static void lora_pack(const Lora& a, const LoraTerm& term, bool up, void* scratch) {
   const Scratch room{static_cast<uint8_t*>(scratch)};
-  a.bf16 ? pack_term<EngineOf<bfloat16>::type>(a, term, room) : pack_term<EngineOf<float>::type>(a, term, room);
+  a.bf16 ? pack_factor_of<EngineOf<bfloat16>::type>(a, term, up, room)
+         : pack_factor_of<EngineOf<float>::type>(a, term, up, room);
 }
 
 static void lora_forward(const Lora& a, int64_t begin, int64_t end, void* scratch) {

@@ -7,8 +7,18 @@ namespace {
 
 // weight + offset in fp32, [R, D].
 Tensor shifted(const Tensor& weight, double offset) {
-  Tensor w = weight.to(at::kFloat).contiguous();
-  return offset == 0.0 ? w : w.add(offset);
+  const Tensor source = weight.contiguous();
+  if (!is_bf16(source) && offset == 0.0) return source;
+  Tensor w = empty_float(source.sizes(), source);
+  float* to = w.data_ptr<float>();
+  const int64_t n = source.numel();
+  const float more = static_cast<float>(offset);
+  if (is_bf16(source))
+    std::transform(source.data_ptr<at::BFloat16>(), source.data_ptr<at::BFloat16>() + n, to,
+                   [more](at::BFloat16 x) { return static_cast<float>(x) + more; });
+  else
+    std::transform(source.data_ptr<float>(), source.data_ptr<float>() + n, to, [more](float x) { return x + more; });
+  return w;
 }
 
 RunVectors vectors(const Tensor& weight, IntArrayRef run_offsets, int64_t num_rows) {
