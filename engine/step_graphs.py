@@ -176,12 +176,10 @@ class StepGraphs:
         self.keyed = _GivenKeys.like(self.bank)
         self.sums = torch.zeros(self.bank.num_runs, device=self.bank.flat.device)
 
-    def takes(self, packs: Sequence[Pack], ledger: Ledger) -> bool:
-        """Whether a step is replayed, all its packs or none: not where operations are counted or there is no label, and
-        by `auto` not where computing takes longer than launching."""
-        if self.complaint or ledger.counting:
-            return False
-        return all(pack.labels.run_offsets[-1] > 0 and self._pays(pack) for pack in packs)
+    def takes(self, packs: Sequence[Pack]) -> bool:
+        """Whether a step is replayed, all its packs or none: not where there is no label, and by `auto` not where
+        computing takes longer than launching. It follows from the packs, so a resumed training replays the same."""
+        return not self.complaint and all(p.labels.run_offsets[-1] > 0 and self._pays(p) for p in packs)
 
     def forward_backward(self, packs: Sequence[Pack], step: int, ledger: Ledger) -> tuple[list[float], int]:
         """Gradients of a step's packs into the bank's; each run's loss and the number of tokens that count.
@@ -294,7 +292,7 @@ def _check_same(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torc
     """RuntimeError where a run's gradient or loss is another, by more than the square root of the dtype's rounding:
     padding changes how products are divided, and a gradient is a small difference of many rounded terms."""
     for name, ours, theirs in zip(("gradient", "loss"), found, expected, strict=True):
-        for run, (mine, right) in enumerate(zip(ours.double(), theirs.double(), strict=True)):
+        for run, (mine, right) in enumerate(zip(ours, theirs, strict=True)):
             gap, norm = float((mine - right).norm()), float(right.norm())
             if norm < float("inf") and not gap <= torch.finfo(dtype).eps ** 0.5 * norm:
                 raise RuntimeError(

@@ -117,7 +117,7 @@ def train(
     state = _initial_state(bank, data, config)
     metrics = _resume(state, folder, fingerprint)
     share = shares_prefix(config.share_prefix, bank.method)
-    graphs = step_graphs(config.graphs, decoder, bank, num_steps - state.step)
+    graphs = step_graphs(config.graphs, decoder, bank, num_steps)
     with metrics:
         while state.step < num_steps:
             step = state.step
@@ -187,8 +187,18 @@ def forward_backward(
     A run's loss is the sum over its labels of weight * cross-entropy: their mean where the weights say so. A step that
     `graphs` takes is replayed.
     """
-    if graphs is not None and graphs.takes(packs, ledger):
-        return graphs.forward_backward(packs, step, ledger)
+    if graphs is None or not graphs.takes(packs):
+        return _launched(decoder, bank, packs, step, ledger)
+    if ledger.counting:  # as it is without padding; the results are the replay's, whichever steps are counted
+        _launched(decoder, bank, packs, step, ledger)
+        ledger = Ledger(decoder.scope, on=False)
+    return graphs.forward_backward(packs, step, ledger)
+
+
+def _launched(
+    decoder: Decoder, bank: AdapterBank, packs: Sequence[Pack], step: int, ledger: Ledger
+) -> tuple[list[float], int]:
+    """`forward_backward` with every kernel launched."""
     with ledger.phase("forward", owner="adapter", layer=-1):
         bank.zero_grad()
         bank.begin(step, training=True)

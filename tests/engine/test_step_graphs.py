@@ -1,5 +1,6 @@
 """Recorded training steps: padding that changes nothing, one recording for many packs, honest failures."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from peftdyno.engine.optim import AdamW, OptimConfig
 from peftdyno.engine.pack import Pack, Sequence
 from peftdyno.engine.pack_padding import PackSize, padded
 from peftdyno.engine.step_graphs import StepGraphs, step_graphs
-from peftdyno.engine.train import TrainConfig, forward_backward, train
+from peftdyno.engine.train import TrainConfig, TrainState, forward_backward, train
 
 from .banks import FORMS as FORMS_OF_ALL
 from .banks import TinyModel, backward, pack_of, random_sequences, relative, shake, small_method, tiny_model
@@ -292,26 +293,58 @@ def test_training_says_that_it_goes_on_without(tmp_path: Path, monkeypatch: pyte
     assert lines[0] == lines[1]
 
 
-def test_counted_steps_are_not_replayed(llama: TinyModel) -> None:
+def test_counted_steps_count_what_is_not_padded(llama: TinyModel) -> None:
+    """The counts are those of the eager step, the results those of the replay, and no pack is seen twice."""
     bank = llama.bank(small_method("ia3"), (1,))
-    recorder, ledger = Counting(), Ledger.of(llama.decoder, bank)
-    step = StepGraphs(llama.decoder, bank, recorder)
-    for i in range(2):
-        forward_backward(llama.decoder, bank, [pack_of(bank, batch([9, 14]))], i, ledger, step)
+    counted, plain = (Ledger.of(llama.decoder, bank) for _ in range(2))
+    step, uncounted = StepGraphs(llama.decoder, bank, EagerRecorder()), Ledger(Scope(), on=False)
+    pack = pack_of(bank, batch([9, 14]))
+    found = results(bank, forward_backward(llama.decoder, bank, [pack], 0, counted, step)[0])
+    expected = results(bank, forward_backward(llama.decoder, bank, [pack], 0, uncounted, step)[0])
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
+    forward_backward(llama.decoder, bank, [pack], 0, plain)
+    for ledger in (counted, plain):
         ledger.end_step()
-        assert recorder.count == i
-    assert ledger.sampled == [0] and ledger.tokens == [23, 23]
-    assert set(ledger.clock.read()[0]) >= {"backward"}
+    assert counted.counter is not None and plain.counter is not None
+    assert counted.counter.tally.total() == plain.counter.tally.total()
+    assert counted.sampled == [0] and counted.tokens == [23]
+    forward_backward(llama.decoder, bank, [pack], 1, counted, step)
+    counted.end_step()
+    assert counted.tokens == [23, 23] and set(counted.clock.read()[0]) == {"backward"}
+
+
+def test_a_killed_training_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Recorded anew after each kill, and its first step counted again: packs of several sizes, dropout, two runs."""
+
+    def run(name: str, *kills: int) -> tuple[TrainState, str]:
+        state = None
+        for kill in (*kills, None):
+            decoder = tiny_decoder()
+            bank = tiny_bank(decoder, (0, 1))
+            ledger, config = Ledger.of(decoder, bank), TrainConfig(graphs=EagerRecorder(), save_every=0.1)
+
+            def after(done: int, *_: object) -> None:
+                if done == kill:  # noqa: B023
+                    raise KeyboardInterrupt
+
+            data = [job(steps=20, batch=3), job(steps=20, batch=3, seed=1)]
+            with contextlib.suppress(KeyboardInterrupt):
+                state = train(decoder, bank, data, config, tmp_path / name, ledger=ledger, progress=after)
+        assert state is not None
+        return state, (tmp_path / name / "metrics.jsonl").read_text()
+
+    (whole, lines), (killed, again) = run("whole"), run("killed", 3, 11, 18)
+    assert lines == again and torch.equal(whole.bank.flat, killed.bank.flat) and whole.events == killed.events == []
 
 
 def test_auto_leaves_large_packs_alone(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, ledger = llama.bank(small_method("ia3"), (1,)), Ledger(Scope(), on=False)
+    bank = llama.bank(small_method("ia3"), (1,))
     step = StepGraphs(llama.decoder, bank, EagerRecorder(), "auto")
     small, large = (pack_of(bank, batch(lengths)) for lengths in ([9], [90]))
     layer = llama.decoder.weights.layers[0]
     weights = sum(w.shape[0] * w.shape[1] for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
     monkeypatch.setattr(graphs, "MOST_FLOPS", 4 * 64 * weights)
-    assert step.takes([small, small], ledger) and not step.takes([small, large], ledger)
+    assert step.takes([small, small]) and not step.takes([small, large])
 
 
 def test_choices(llama: TinyModel) -> None:
