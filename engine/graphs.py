@@ -122,7 +122,7 @@ class Step:
 
 
 @dataclass
-class GivenAngles(Decoder):
+class _GivenAngles(Decoder):
     """The decoder with rotary angles that lie where a recording reads them."""
 
     angles: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class _Recording:
     offsets: tuple[int, ...]
     inputs: Tensor
     layout: AttentionLayout
-    decoder: GivenAngles
+    decoder: _GivenAngles
     tables: replay.Tables = field(default_factory=replay.Tables)
     again: Callable[[], Tensor] | None = None
 
@@ -227,7 +227,7 @@ class DecodeGraphs:
         inputs = torch.zeros(3, sum(widths), dtype=torch.int64, device=self.pack.tokens.device)
         sizes = (sum(widths), 4), (len(chain), 3)
         layout = AttentionLayout(*(torch.zeros(size, dtype=torch.int32) for size in sizes))
-        decoder = GivenAngles(self.decoder.config, self.decoder.weights, self.decoder.scope)
+        decoder = _GivenAngles(self.decoder.config, self.decoder.weights, self.decoder.scope)
         decoder.angles = Decoder.rotary(decoder, inputs[1])
         recording = _Recording(offsets, inputs, layout, decoder)
         recording.fill(self.cache, replace(step, made=longest))

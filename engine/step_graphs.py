@@ -22,7 +22,7 @@ from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import SITES
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError, unknown
-from peftdyno.engine.graphs import CudaRecorder, GivenAngles, GraphChoice, Recorder
+from peftdyno.engine.graphs import CudaRecorder, GraphChoice, Recorder
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack_padding import PackSize, padded
 from peftdyno.kernels import attention, dispatch, replay
@@ -84,7 +84,7 @@ class _GivenKeys(AdapterBank):
         """Put the keys of a step where recordings read them."""
         self.step = step
         if self.asked:
-            self.lying.copy_(torch.tensor(self._keys_of_step()))
+            _put(self.lying, torch.tensor(self._keys_of_step()))
 
     def linear(self, layer: int, site: str) -> LinearEdits | None:
         """Edits of a fused product."""
@@ -94,13 +94,30 @@ class _GivenKeys(AdapterBank):
 
 
 @dataclass
+class _Steady(Decoder):
+    """The decoder with rotary frequencies that stay on the device."""
+
+    frequencies: dict[float, Tensor] = field(default_factory=dict)
+
+    def _frequencies(self, theta: float) -> Tensor:
+        if theta not in self.frequencies:
+            self.frequencies[theta] = super()._frequencies(theta)
+        return self.frequencies[theta]
+
+
+def _put(target: Tensor, source: Tensor) -> None:
+    """Copy from the CPU without waiting for what runs on the device."""
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+@dataclass
 class _Recording:
     """A step of one size. `pack` is where it reads; `integers` are all its integer arrays in one."""
 
     size: PackSize
     pack: Pack
     integers: Tensor
-    decoder: GivenAngles
+    decoder: _Steady
     tables: replay.Tables = field(default_factory=lambda: replay.Tables(any_layout=True))
     again: Callable[[], Tensor] | None = None
     num_checked: int = 0
@@ -113,22 +130,19 @@ class _Recording:
         arrays = _integers(wide)
         integers = torch.cat(arrays).to(decoder.device)
         parts = integers.split([array.numel() for array in arrays])
-        given = GivenAngles(decoder.config, decoder.weights, decoder.scope)
-        made = cls(size, _with_integers(wide, parts, wide.labels.weight.to(decoder.device)), integers, given)
-        given.angles = Decoder.rotary(given, made.pack.positions)
+        steady = _Steady(decoder.config, decoder.weights, decoder.scope)
+        made = cls(size, _with_integers(wide, parts, wide.labels.weight.to(decoder.device)), integers, steady)
+        steady.rotary(made.pack.positions)  # brings the frequencies to the device
         return made
 
     def replay(self, pack: Pack) -> None:
         """Compute another pack of the same size."""
         assert self.again is not None, "replayed before it is recorded"
         wide = padded(pack, self.size)
-        self.integers.copy_(torch.cat(_integers(wide)))
-        self.pack.labels.weight.copy_(wide.labels.weight)
+        _put(self.integers, torch.cat(_integers(wide)))
+        _put(self.pack.labels.weight, wide.labels.weight)
         self.pack.layout.segments.copy_(wide.layout.segments)
         self.pack.layout.chain.copy_(wide.layout.chain)
-        for theta, angles in Decoder.rotary(self.decoder, self.pack.positions).items():
-            for target, source in zip(self.decoder.angles[theta], angles, strict=True):
-                target.copy_(source)
         self.tables.fill()
         with replay.recording(self.tables):
             self.again()
