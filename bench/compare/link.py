@@ -30,13 +30,9 @@ def available_cores() -> int:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """Variables under which both sides run: as many threads, and none that spins while the other side's turn is.
-
-    A wait policy that the user's environment already names is kept.
-    """
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-    kept = {name: os.environ.get(name, value) for name, value in waiting.items()}
-    return {**kept, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    """Variables under which both sides run: as many threads. How threads wait is left as users have it; one without
+    work sleeps long before the other side's turn is over."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 class Worker:

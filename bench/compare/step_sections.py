@@ -22,6 +22,10 @@ WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.0}, "p-tunin
 ILL_CONDITIONED = ("p-tuning", "prefix-tuning")
 """Methods at whose random start bf16 moves the gradient's norm by up to a half, on either side and either way: the
 reference's own error then needs more than two samples."""
+METHOD_ROUNDS = 3
+"""Rounds of a method's row at most: none of them has a goal, and there are ten."""
+MEMORY_ROUNDS = 3
+"""Rounds of the memory's row at most: peaks differ by less than a hundredth."""
 IN_PEFT = ("lora", "ia3", "ln-tuning", "prompt-tuning", "p-tuning", "prefix-tuning")
 """Methods that PEFT trains too. It has a form for what BitFit stores, but would train more than the biases."""
 
@@ -80,7 +84,7 @@ def memory(sides: Sides) -> list[Row]:
             "ours": lambda _: sides.ours.call("measure_memory"),
             "reference": lambda _: sides.reference.call("measure_memory"),
         }
-        samples = in_turns(sample, sides.plan.repeats)
+        samples = in_turns(sample, min(sides.plan.repeats, MEMORY_ROUNDS))
         traced = {"ours": sides.ours.call("allocated_peak"), "reference": sides.reference.call("allocated_peak")}
     peaks = {name: tuple(s["peak_bytes"] / 1e6 for s in found) for name, found in samples.items()}
     resident = Row(
@@ -147,12 +151,12 @@ def methods(sides: Sides) -> list[Row]:
 
 def _method_row(sides: Sides, name: str, batch: list[Any]) -> Row:
     names = {"workload": f"step of {name}, 4 x 128 tokens, all labelled", "unit": "steps/s"}
-    steps = sides.plan.steps_or(1)
+    steps, rounds = sides.plan.steps_or(1), min(sides.plan.repeats, METHOD_ROUNDS)
     if name not in IN_PEFT:
         settings = {"model": sides.model, "batches": [batch], "learning_rate": RATE}
         sides.ours.open("ours.steps", **settings, method=name, options={})
         sides.tell(f"  {name}: ours alone")
-        samples = in_turns({"ours": lambda _: sides.ours.call("measure", steps=steps)}, sides.plan.repeats)
+        samples = in_turns({"ours": lambda _: sides.ours.call("measure", steps=steps)}, rounds)
         return Row(**names, against="none: PEFT does not train it", ours=tuple(rates(samples["ours"])))
     count = CHECK_STEPS if name in ILL_CONDITIONED else FEW_STEPS
     compared = text_batches(count, 4, 128, sides.classification.train)
@@ -161,10 +165,10 @@ def _method_row(sides: Sides, name: str, batch: list[Any]) -> Row:
     except UnequalWork as error:
         return Row(**names, against=PLAIN, ours=(), note=f"FAILED, unequal work: {error}")
     open_steps(sides, f"method-{name}", name, {}, batch)
-    sides.tell(f"  {name}: {sides.plan.repeats} rounds of {steps} steps")
+    sides.tell(f"  {name}: {rounds} rounds of {steps} steps")
     measures = {
         "ours": lambda _: sides.ours.call("measure", steps=steps),
         "reference": lambda _: sides.reference.call("measure", steps=steps),
     }
-    values = {side: tuple(rates(found)) for side, found in in_turns(measures, sides.plan.repeats).items()}
+    values = {side: tuple(rates(found)) for side, found in in_turns(measures, rounds).items()}
     return Row(**names, against=PLAIN, **values, check=check)

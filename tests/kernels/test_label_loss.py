@@ -4,7 +4,9 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize(("labels", "vocabulary"), [(0, 5), (1, 3), (63, 1000), (127, 127), (300, 257), (70, 1024), (400, 4096)])
+@pytest.mark.parametrize(
+    ("labels", "vocabulary"), [(0, 5), (1, 3), (63, 1000), (127, 127), (300, 257), (70, 1024), (400, 4096)]
+)
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_shapes(check, rows, dtype, labels, vocabulary, softcap, gradient) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peftdyno.kernels.library import PRIMITIVES
 from peftdyno.kernels.panels import drop_panels, keep_panels
 
 
@@ -15,10 +16,19 @@ def test_strides(check, rows, dtype, tokens, out, columns, with_bias) -> None:
     check("linear_backward", rows(tokens, out, dtype, spare=3), weight)
 
 
-@pytest.mark.parametrize(("tokens", "columns"), [(384, 72), (401, 33)])
-def test_deep_gradient(check, rows, dtype, tokens, columns) -> None:
+@pytest.mark.parametrize(("tokens", "depth", "columns"), [(384, 2080, 72), (401, 2080, 33), (390, 8224, 40)])
+def test_deep_gradient(check, rows, dtype, tokens, depth, columns) -> None:
     """Shapes that bf16 tiles take from the library: the depth in several blocks, the last rows and columns partial."""
-    check("linear_backward", rows(tokens, 2080, dtype, spare=3), rows(2080, columns, dtype))
+    check("linear_backward", rows(tokens, depth, dtype, spare=3), rows(depth, columns, dtype))
+
+
+def test_deep_gradient_has_the_same_bits_on_two_threads(isa, rows) -> None:
+    if isa != "amx":
+        pytest.skip("the library multiplies")
+    dy, weight = rows(401, 2080, torch.bfloat16), rows(2080, 72, torch.bfloat16)
+    alone = PRIMITIVES["linear_backward"].implementations["cpu"](dy, weight)
+    torch.set_num_threads(2)
+    assert torch.equal(PRIMITIVES["linear_backward"].implementations["cpu"](dy, weight), alone)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 33, 63])
