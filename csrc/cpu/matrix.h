@@ -131,7 +131,7 @@ struct Fp32Engine {
   static void end() {}
 };
 
-#if defined(__AMX_BF16__)
+#if defined(PEFTDYNO_TILES)
 
 struct AmxEngine {
   using Element = bfloat16;
@@ -286,7 +286,7 @@ struct EngineOf {
   using type = Fp32Engine;
 };
 
-#if defined(__AMX_BF16__)
+#if defined(PEFTDYNO_TILES)
 template <>
 struct EngineOf<bfloat16> {
   using type = AmxEngine;

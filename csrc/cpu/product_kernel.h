@@ -12,7 +12,7 @@
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
-#if defined(__AMX_BF16__)
+#if defined(PEFTDYNO_TILES)
 
 // Tiles 0 to 3 += rows of A times a packed panel of B.
 template <int ROWS>

@@ -33,7 +33,7 @@ const Kernels table = {
     label_loss,
     nf4_dequantise,
     operand_bytes,
-#if defined(__AMX_BF16__)
+#if defined(PEFTDYNO_TILES)
     product,
     pack_product,
 #else
