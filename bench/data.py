@@ -14,7 +14,7 @@ import numpy as np
 
 from peftdyno.bench import row_files
 from peftdyno.bench.task import Task
-from peftdyno.engine.errors import UserError
+from peftdyno.engine.errors import UserError, first_line
 
 VALIDATION_SHARE = 0.1
 TEST_SAMPLE_SEED = 0
@@ -198,9 +198,8 @@ def _from_hub(task: Task, split: str) -> tuple[_Numbered, str, str, str]:
     try:
         table = datasets.load_dataset(task.hub_id, task.subset, split=split)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
-            f"hub data set {location} cannot be loaded ({reason}); give its rows with --data DIR"
+            f"hub data set {location} cannot be loaded ({first_line(error)}); give its rows with --data DIR"
         ) from error
     rows = [dict(row) for row in table]
     return list(enumerate(rows, start=1)), "hub", location, _digest(rows)

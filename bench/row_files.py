@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peftdyno.engine.errors import UserError
+from peftdyno.engine.errors import UserError, first_line
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -70,7 +70,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} row {number}: not JSON ({_first_line(error)})") from error
+            raise UserError(f"{path} row {number}: not JSON ({first_line(error)})") from error
         if not isinstance(row, dict):
             raise UserError(f"{path} row {number}: expected an object with columns, found {type(row).__name__}")
         yield number, row
@@ -86,7 +86,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} row {number}: not UTF-8 ({error.reason})") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} row {number + 1}: cannot be read ({_first_line(error)}); is it whole?") from error
+        raise UserError(f"{path} row {number + 1}: cannot be read ({first_line(error)}); is it whole?") from error
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -98,9 +98,5 @@ def _parquet_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)}); is it whole?") from error
+        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)}); is it whole?") from error
     return list(enumerate(rows, start=1))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

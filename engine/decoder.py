@@ -58,6 +58,8 @@ class Decoder:
     def __post_init__(self) -> None:
         self.saved = Activations(self.activations, self.scope)
         self.shapes = [self.attention_shape(i) for i in range(self.config.num_hidden_layers)]
+        bases = {self.rope_theta(i) for i in range(self.config.num_hidden_layers)}
+        self.frequencies = {theta: self._frequencies(theta) for theta in bases}
         self.made: tuple[Tensor, Tensor] | None = None  # a product's input, and what its producer made of it
 
     @property
@@ -342,8 +344,7 @@ class Decoder:
 
     def rotary(self, positions: Tensor) -> dict[float, tuple[Tensor, Tensor]]:
         """cos and sin [N, d / 2] for each rotary base the layers use."""
-        bases = {self.rope_theta(i) for i in range(self.config.num_hidden_layers)}
-        return {theta: angles(positions, self._frequencies(theta)) for theta in bases}
+        return {theta: angles(positions, frequencies) for theta, frequencies in self.frequencies.items()}
 
     def _frequencies(self, theta: float) -> Tensor:
         scaling = self.config.rope_scaling if theta == self.config.rope_theta else None

@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Bad input: the message is one line that names the culprit and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line; its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Error for a name that is not registered, listing the closest ones that are."""
     names = sorted(known)

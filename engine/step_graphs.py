@@ -93,18 +93,6 @@ class _GivenKeys(AdapterBank):
         return edits if edits is None or given is None else replace(edits, keys=given)
 
 
-@dataclass
-class _Steady(Decoder):
-    """The decoder with rotary frequencies that stay on the device."""
-
-    frequencies: dict[float, Tensor] = field(default_factory=dict)
-
-    def _frequencies(self, theta: float) -> Tensor:
-        if theta not in self.frequencies:
-            self.frequencies[theta] = super()._frequencies(theta)
-        return self.frequencies[theta]
-
-
 def _put(target: Tensor, source: Tensor) -> None:
     """Copy from the CPU without waiting for what runs on the device."""
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
@@ -117,23 +105,19 @@ class _Recording:
     size: PackSize
     pack: Pack
     integers: Tensor
-    decoder: _Steady
     tables: replay.Tables = field(default_factory=lambda: replay.Tables(any_layout=True))
     again: Callable[[], Tensor] | None = None
     num_checked: int = 0
 
     @classmethod
-    def of(cls, decoder: Decoder, pack: Pack) -> _Recording:
+    def of(cls, pack: Pack, device: torch.device) -> _Recording:
         """Buffers of a pack's size, with the pack in them."""
         size = PackSize.of(pack)
         wide = padded(pack, size)
         arrays = _integers(wide)
-        integers = torch.cat(arrays).to(decoder.device)
+        integers = torch.cat(arrays).to(device)
         parts = integers.split([array.numel() for array in arrays])
-        steady = _Steady(decoder.config, decoder.weights, decoder.scope)
-        made = cls(size, _with_integers(wide, parts, wide.labels.weight.to(decoder.device)), integers, steady)
-        steady.rotary(made.pack.positions)  # brings the frequencies to the device
-        return made
+        return cls(size, _with_integers(wide, parts, wide.labels.weight.to(device)), integers)
 
     def replay(self, pack: Pack) -> None:
         """Compute another pack of the same size."""
@@ -263,7 +247,7 @@ class StepGraphs:
         warnings.warn(self.complaint, stacklevel=2)
 
     def _recorded(self, pack: Pack) -> _Recording:
-        recording = _Recording.of(self.decoder, pack)
+        recording = _Recording.of(pack, self.decoder.device)
         with replay.recording(recording.tables):
             recording.again = self.recorder.record(lambda: self._run(recording))
         self.keyed.state.clear()
@@ -271,17 +255,17 @@ class StepGraphs:
 
     def _run(self, recording: _Recording) -> Tensor:
         """What is recorded; every result lies in the bank's gradient and in the sums."""
-        return self._compute(recording.decoder, self.keyed, recording.pack)
+        return self._compute(self.keyed, recording.pack)
 
     def _eager(self, pack: Pack) -> None:
         """The same for a pack as it is, every kernel launched."""
         self.bank.step = self.keyed.step
-        self._compute(self.decoder, self.bank, pack.to(self.decoder.device))
+        self._compute(self.bank, pack.to(self.decoder.device))
         self.bank.state.clear()
 
-    def _compute(self, decoder: Decoder, bank: AdapterBank, pack: Pack) -> Tensor:
+    def _compute(self, bank: AdapterBank, pack: Pack) -> Tensor:
         bank.begin(bank.step, training=True)
-        losses = decoder.losses(pack, bank) * pack.labels.weight
+        losses = self.decoder.losses(pack, bank) * pack.labels.weight
         losses.sum().backward()
         bank.finish()
         sizes = [b - a for a, b in zip(pack.labels.run_offsets, pack.labels.run_offsets[1:], strict=False)]

@@ -228,7 +228,7 @@ class AttentionShape:
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of fused rows as heads: q [N, H, d], k and v [N, K, d]."""
         q, k, d = self.num_heads, self.num_key_value_heads, self.head_dim
-        queries, keys, values = qkv.view(-1, q + 2 * k, d).split((q, k, k), 1)
+        queries, keys, values = qkv.view(len(qkv), q + 2 * k, d).split((q, k, k), 1)
         return queries, keys, values
 
     def score_options(self) -> tuple[float, int, float]:

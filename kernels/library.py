@@ -69,6 +69,10 @@ class Primitive:
     def __call__(self, *args: Any) -> Any:
         if watched() or args[0].is_meta:
             return self.call(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """The implementation that the device and the user's choice name."""
         return self.implementations[dispatch.choose(self.name, self.implementations, args[0].device)](*args)
 
 
@@ -91,16 +95,12 @@ def primitive(
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
-    chosen = {"reference": reference, **implementations}
-
-    def run(*args: Any) -> Any:
-        return chosen[dispatch.choose(name, chosen, args[0].device)](*args)
-
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.peftdyno, name).default
+    made = Primitive(name, {"reference": reference, **implementations}, operator)
+    LIBRARY.impl(name, made.run, "CompositeExplicitAutograd")
     LIBRARY.impl(name, shape, "Meta")
-    COSTS[name] = cost
-    PRIMITIVES[name] = Primitive(name, chosen, getattr(torch.ops.peftdyno, name).default)
-    return PRIMITIVES[name]
+    COSTS[name], PRIMITIVES[name] = cost, made
+    return made
 
 
 def row_bytes(*tensors: torch.Tensor | None) -> int:

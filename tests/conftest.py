@@ -61,6 +61,14 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """New memory is full of NaN, so that an element which nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real data sets beside the repository; tests that use it skip where it is absent."""

@@ -11,15 +11,13 @@ from pathlib import Path
 
 from peftdyno.bench.compare import product_section, step_sections, task_sections
 from peftdyno.bench.compare.equal_work import UnequalWork
+from peftdyno.bench.compare.inputs import positive, read_inputs
 from peftdyno.bench.compare.link import WorkerError, available_cores
 from peftdyno.bench.compare.record import Results, section_record
-from peftdyno.bench.compare.rows import task_rows
 from peftdyno.bench.compare.sides import Plan, Sides, tell
 from peftdyno.bench.compare.table import table
 from peftdyno.bench.compare.turns import Row
 from peftdyno.engine.errors import UserError, unknown
-from peftdyno.engine.sources import resolve_model
-from peftdyno.engine.tokenizer import Tokenizer
 
 SECTIONS: dict[str, Callable[[Sides], list[Row]]] = {
     "step-128": step_sections.short_steps,
@@ -37,7 +35,6 @@ SECTIONS: dict[str, Callable[[Sides], list[Row]]] = {
 """Name -> what is measured, in the order of the table."""
 ASKED_FOR = ("together",)
 """Sections that run only where they are named: they compare our side with itself."""
-TRAIN_ROWS, TEST_ROWS = 512, 32
 DEFAULT_OUT = Path("build/bench-cpu.json")
 
 
@@ -68,14 +65,12 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--only", default="", help=f"sections, comma-separated: {', '.join(SECTIONS)}; others stay as "
                        "the file has them")  # fmt: skip
-    found.add_argument("--repeats", type=_positive, default=Plan.repeats, help="rounds kept of each comparison")
-    found.add_argument("--steps", type=_positive, help="steps a turn, or tokens where text is generated; each "
+    found.add_argument("--repeats", type=positive, default=Plan.repeats, help="rounds kept of each comparison")
+    found.add_argument("--steps", type=positive, help="steps a turn, or tokens where text is generated; each "
                        "section has its own")  # fmt: skip
     found.add_argument("--data", type=Path, help="folder of <task>/<split> files; generated tasks stand in without it")
     found.add_argument("--model", default="smollm2-135m")
-    found.add_argument(
-        "--threads", type=_positive, default=available_cores(), help="of each side; all cores by default"
-    )
+    found.add_argument("--threads", type=positive, default=available_cores(), help="of each side; all cores by default")
     found.add_argument("--compile-seconds", type=float, default=Plan.compile_seconds, help="time for torch.compile")
     found.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON record, %(default)s by default")
     return found
@@ -118,30 +113,16 @@ def measure(names: Sequence[str], options: argparse.Namespace, results: Results,
 
 
 def open_sides(options: argparse.Namespace, scratch: Path) -> Sides:
-    """Model, rows and processes; UserError for a model without a folder or tokenizer, or for missing data."""
-    files = resolve_model(options.model)
-    if files.tokenizer_folder is None or files.weight_files[0].suffix != ".safetensors":
-        raise UserError(f"--model {options.model}: transformers needs a folder of safetensors with a tokenizer.json")
-    tokenizer = Tokenizer.load(files.tokenizer_folder)
-    classification = task_rows("sst2", "gen-order", tokenizer, options.data, TRAIN_ROWS, TEST_ROWS)
-    reasoning = task_rows("gsm8k", "gen-extract", tokenizer, options.data, TEST_ROWS, TEST_ROWS)
-    for note in dict.fromkeys(filter(None, (classification.note, reasoning.note))):
-        tell(note)
+    """Model, rows and processes; UserError where `read_inputs` raises it."""
+    inputs = read_inputs(options.model, options.data)
     return Sides(
-        model=str(files.weight_files[0].parent),
-        classification=classification,
-        reasoning=reasoning,
+        model=inputs.model,
+        classification=inputs.classification,
+        reasoning=inputs.reasoning,
         plan=Plan(repeats=options.repeats, steps=options.steps, compile_seconds=options.compile_seconds),
         scratch=scratch,
         threads=options.threads,
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import traceback
 from typing import Any
 
-from peftdyno.engine.errors import unknown
+from peftdyno.engine.errors import first_line, unknown
 
 JOBS = {
     "ours.steps": "ours_steps:OurSteps",
@@ -63,8 +63,7 @@ def main() -> None:
             reply = {"result": session.serve(json.loads(line))}
         except Exception as error:  # the parent decides what a failed job means
             traceback.print_exc()
-            first = (str(error).splitlines() or [""])[0]
-            reply = {"error": f"{type(error).__name__}: {first}"}
+            reply = {"error": f"{type(error).__name__}: {first_line(error)}"}
         try:
             replies.write(json.dumps(reply) + "\n")
             replies.flush()

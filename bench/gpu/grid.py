@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ ALL_TOGETHER = "grid together, tasks and seeds of a method"
 ALONE = "grid one after another, ours"
 TRAINER = "grid one after another, HF Trainer + PEFT"
 LOOP = "grid one after another, transformers + PEFT in a plain loop"
-WARM_UP_RATIO = 0.1
 
 Run = tuple[int, int]
 """Task and seed."""
@@ -125,21 +123,15 @@ def _ours(decoder: Decoder, grid: Grid) -> Callable[[str, Sequence[Run], Sequenc
         cls = METHODS[name]
         bank = AdapterBank.create(decoder.config, [cls()] * len(runs), [seed for _, seed in runs], decoder.weights)
         fit_borders(decoder.weights, bank, decoder.device)
-        optim = OptimConfig(learning_rate=cls.learning_rate, weight_decay=cls.weight_decay, warmup_ratio=WARM_UP_RATIO)
+        rates = {"learning_rate": cls.learning_rate, "warmup_ratio": hf_grid.WARM_UP_RATIO}
+        optim = OptimConfig(**rates, weight_decay=cls.weight_decay)
         data = [
             RunData(train=rows[task], validation=(), optim=optim, steps=grid.steps, batch=grid.batch)
             for task, _ in runs
         ]
-        ends: list[float] = []
-
-        def clock(done: int, *_: Any) -> None:
-            if done in (grid.warm_up, grid.steps):
-                if decoder.device.type == "cuda":
-                    torch.cuda.synchronize()
-                ends.append(time.perf_counter())
-
+        clock, settings = hf_grid.Clock(grid, decoder.device), TrainConfig(evaluate_every=0, save_every=0)
         with tempfile.TemporaryDirectory(prefix="peftdyno-") as folder:
-            train(decoder, bank, data, TrainConfig(evaluate_every=0, save_every=0), Path(folder), progress=clock)
-        return ends[-1] - ends[0]
+            train(decoder, bank, data, settings, Path(folder), progress=lambda *_: clock.tick())
+        return clock.ends[-1] - clock.ends[0]
 
     return seconds

@@ -73,7 +73,7 @@ class Runs:
         trained, expected = tuned.get_nb_trainable_parameters()[0], METHODS[name]().trainable_count(self.sizes.config())
         assert trained == expected, (name, trained, expected)
         data = self._ordered(rows[task], seed)
-        clock = _Clock(self.sizes.grid, self.device)
+        clock = Clock(self.sizes.grid, self.device)
         (self._by_trainer if self.trainer else self._by_loop)(tuned.train(), data, METHODS[name], clock)
         if hasattr(tuned.base_model, "unload"):
             self.base = tuned.unload()
@@ -85,7 +85,7 @@ class Runs:
         steps = [training_sequences(rows, grid.batch, seed, step, 0) for step in range(grid.steps)]
         return [{"tokens": list(s.tokens), "num_prompt": s.num_prompt} for step in steps for s in step]
 
-    def _by_loop(self, model: Any, data: list[dict[str, Any]], method: Any, clock: _Clock) -> None:
+    def _by_loop(self, model: Any, data: list[dict[str, Any]], method: Any, clock: Clock) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
         grid = self.sizes.grid
@@ -102,7 +102,7 @@ class Runs:
             optimizer.zero_grad()
             clock.tick()
 
-    def _by_trainer(self, model: Any, data: list[dict[str, Any]], method: Any, clock: _Clock) -> None:
+    def _by_trainer(self, model: Any, data: list[dict[str, Any]], method: Any, clock: Clock) -> None:
         from torch.utils.data import SequentialSampler
         from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -145,7 +145,7 @@ class Runs:
         )
 
 
-class _Clock:
+class Clock:
     """Times of the ends of the warm-up and of the last step."""
 
     def __init__(self, grid: Grid, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from peftdyno.bench.gpu.cases import Case, all_cases, pointwise
 from peftdyno.bench.gpu.results import Section
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.bench.gpu.timing import Ceilings, ceilings, median_ms
+from peftdyno.engine.errors import first_line
 from peftdyno.kernels.library import COSTS, PRIMITIVES
 from peftdyno.kernels.triton import load
 
@@ -84,7 +85,7 @@ def _alternative(
     except Exception as error:
         if "CUDA error" in str(error):
             raise
-        return {f"{name}_failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+        return {f"{name}_failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def _others(

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftdyno.engine.errors import first_line
+
 
 class DeviceLost(RuntimeError):
     """The GPU refuses further work of this process."""
@@ -52,7 +54,7 @@ class Section:
         try:
             yield
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             lost = "CUDA error" in str(error)
             self.add(name, ok=False, failed=reason, again=not lost)
             if lost:

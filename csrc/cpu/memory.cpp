@@ -63,7 +63,7 @@ void memory_reset_peak() {
 }
 
 // Large blocks come from a heap that the process keeps: a step asks for the same sizes again and again, and fresh pages
-// from the kernel, each faulted in and cleared, took a sixth of its time.
+// from the kernel, each faulted in and cleared, took a good part of its time.
 void memory_retain() {
 #if defined(__GLIBC__)
   mallopt(M_MMAP_MAX, 0);

@@ -122,6 +122,33 @@ def test_gradients_equal_peft_in_every_family(variant: str, tmp_path: Path) -> N
     )
 
 
+def test_edits_are_put_together_once_and_dropout_is_new_each_step(biased: TinyModel) -> None:
+    bank = biased.bank(lora("plain", dropout=0.2))
+    edits = []
+    for step in (0, 1):
+        bank.begin(step, training=True)
+        edits.append(bank.linear(0, "qkv"))
+    first, second = edits
+    assert first.low_rank is second.low_rank and first.dropout == second.dropout == 0.2
+    assert not torch.equal(first.keys, second.keys)
+    bank.begin(1, training=False)
+    still = bank.linear(0, "qkv")
+    assert still.low_rank is first.low_rank and still.dropout == 0.0 and still.keys is None
+
+
+@pytest.mark.parametrize("form", ["dora", "pissa"])
+def test_edits_that_follow_from_the_parameters_are_new_each_step(form: str, biased: TinyModel) -> None:
+    """DoRA's scales are the magnitudes over norms of the step; PiSSA's factors hold the trained ones."""
+    found = []
+    bank = biased.bank(lora(form))
+    for step in (0, 1):
+        shake(bank)
+        bank.begin(step, training=True)
+        edits = bank.linear(0, "qkv")
+        found.append(edits.scales[0].values if form == "dora" else edits.low_rank[0].b)
+    assert not torch.equal(*found)
+
+
 def test_bordered_products_have_room_for_every_factor(biased: TinyModel) -> None:
     """A PiSSA start doubles the rank that acts."""
     for form, ranks in (("plain", 4), ("pissa", 8)):

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,6 @@ FORMS = ["lora", "ia3", "ln-tuning", "prompt-tuning", "prefix-tuning", "p-tuning
 def one_thread(threads: Callable[[int], None]) -> None:
     """Tiny products are slower on several threads."""
     threads(1)
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """New memory is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +376,7 @@ def taken_from_host(method: Method) -> list[str]:
     job = Job(config=TINY, methods=(method, method), dtype=torch.bfloat16, device="cuda")
     decoder, bank = job.model(Scope())
     steps = StepGraphs(decoder, bank, EagerRecorder())
-    recording = graphs._Recording.of(decoder, pack_of(bank, batch([9, 14], 2), share_prefix=True))
+    recording = graphs._Recording.of(pack_of(bank, batch([9, 14], 2), share_prefix=True), decoder.device)
     with FromHost() as mode:
         steps._run(recording)
     return mode.found

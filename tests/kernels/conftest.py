@@ -54,14 +54,6 @@ def runs(request: pytest.FixtureRequest) -> list[int]:
 
 
 @pytest.fixture
-def poison() -> Iterator[None]:
-    """Fill new memory with NaN, so that an element which a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
 def rows() -> Callable[..., Tensor]:
     """`rows(n, columns, dtype, spare=0)`: random rows with other elements between them."""
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from peftdyno.kernels.attention import AttentionShape
+
 SHAPES = {"grouped": (6, 2, 16), "single": (1, 1, 8), "odd": (3, 1, 9), "wide": (2, 2, 80), "nine": (9, 3, 64)}
 """Query heads, key heads, head width."""
 
@@ -42,6 +44,7 @@ class Forest:
 
 
 FORESTS = {
+    "no-token": Forest.of([0, 0], [-1, 0]),
     "one-token": Forest.of([1], [-1]),
     "sequences": Forest.of([63, 1, 0, 127, 5], [-1] * 5),
     "shared": Forest.of([70, 9, 1, 33, 0], [-1, 0, 0, 0, 0]),
@@ -126,3 +129,11 @@ def test_queries_at_the_end_of_cached_keys(check, dtype) -> None:
     )
     for window in (0, 50):
         check("attention", q, *keys, None, None, segments, chain, 0.125, window, 0.0, 0)
+
+
+def test_fused_rows_split_into_heads_even_where_there_are_none() -> None:
+    heads, key_heads, width = SHAPES["grouped"]
+    shape = AttentionShape(num_heads=heads, num_key_value_heads=key_heads, head_dim=width, scale=1.0)
+    for n in (0, 3):
+        q, k, v = shape.split(torch.randn(n, (heads + 2 * key_heads) * width))
+        assert q.shape == (n, heads, width) and k.shape == v.shape == (n, key_heads, width)

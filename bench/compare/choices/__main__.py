@@ -13,17 +13,14 @@ from typing import Any
 from peftdyno.bench.compare.choices.lines import table
 from peftdyno.bench.compare.choices.setting import Setting
 from peftdyno.bench.compare.choices.subjects import SUBJECTS
+from peftdyno.bench.compare.inputs import positive, read_inputs
 from peftdyno.bench.compare.link import Worker, WorkerError, available_cores, thread_environment
 from peftdyno.bench.compare.record import Results, section_record
-from peftdyno.bench.compare.rows import task_rows
 from peftdyno.bench.compare.sides import tell
 from peftdyno.engine.errors import UserError
-from peftdyno.engine.sources import resolve_model
-from peftdyno.engine.tokenizer import Tokenizer
 
 MODULE = "peftdyno.bench.compare.choices"
 REPEATS = 7
-TRAIN_ROWS, TEST_ROWS = 512, 32
 DEFAULT_OUT = Path("build/choices.json")
 
 
@@ -53,10 +50,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"Example: python -P -m {MODULE} products decode --data DIR",
     )
     found.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SUBJECTS)}; all without a name")
-    found.add_argument("--repeats", type=_positive, default=REPEATS, help="rounds kept, %(default)s by default")
+    found.add_argument("--repeats", type=positive, default=REPEATS, help="rounds kept, %(default)s by default")
     found.add_argument("--data", type=Path, help="folder of <task>/<split> files; generated tasks stand in without it")
     found.add_argument("--model", default="smollm2-135m")
-    found.add_argument("--threads", type=_positive, default=available_cores(), help="all cores by default")
+    found.add_argument("--threads", type=positive, default=available_cores(), help="all cores by default")
     found.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON record, %(default)s by default")
     found.add_argument("--show", action="store_true", help="measure nothing; print the tables of the record")
     return found
@@ -72,7 +69,9 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def measure(names: Sequence[str], options: argparse.Namespace, results: Results) -> None:
     """Measure subjects one after another, each in a process of its own and kept as soon as it is done."""
-    setting = setting_of(options)
+    inputs = read_inputs(options.model, options.data)
+    texts, prompts = inputs.classification.train, inputs.reasoning.prompts
+    setting = Setting(model=inputs.model, texts=texts, prompts=prompts, repeats=options.repeats)
     known = {"model": options.model, "data": None if options.data is None else options.data.name}
     known |= {"repeats": setting.repeats, "sizes": asdict(setting.sizes)}
     for name in names:
@@ -97,24 +96,6 @@ def measured(name: str, setting: Setting, threads: int) -> tuple[dict[str, Any],
         worker.close()
 
 
-def setting_of(options: argparse.Namespace) -> Setting:
-    """Model and texts; UserError for a model without a folder or tokenizer, or for missing data."""
-    files = resolve_model(options.model)
-    if files.tokenizer_folder is None or files.weight_files[0].suffix != ".safetensors":
-        raise UserError(f"--model {options.model}: transformers needs a folder of safetensors with a tokenizer.json")
-    tokenizer = Tokenizer.load(files.tokenizer_folder)
-    labelled = task_rows("sst2", "gen-order", tokenizer, options.data, TRAIN_ROWS, TEST_ROWS)
-    reasoning = task_rows("gsm8k", "gen-extract", tokenizer, options.data, TEST_ROWS, TEST_ROWS)
-    for note in dict.fromkeys(filter(None, (labelled.note, reasoning.note))):
-        tell(note)
-    return Setting(
-        model=str(files.weight_files[0].parent),
-        texts=labelled.train,
-        prompts=reasoning.prompts,
-        repeats=options.repeats,
-    )
-
-
 def shown(results: Results, names: Sequence[str]) -> str:
     """Tables of the subjects in the record, each below its name, when and at which commit it was measured."""
     parts = []
@@ -125,13 +106,6 @@ def shown(results: Results, names: Sequence[str]) -> str:
             settings = f"{found['settings']['repeats']} rounds, {found['machine']['threads']} threads"
             parts.append(f"## {name}\n{found['finished']}, commit {commit}, {settings}\n\n{table(found['lines'])}")
     return "\n\n".join(parts)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

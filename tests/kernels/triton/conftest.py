@@ -1,7 +1,6 @@
 """Run kernels on the GPU where there is one, else in Triton's interpreter; skip where Triton is not installed."""
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,8 +24,5 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Fill new memory with NaN, so that an element which a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def poisoned(poison: None) -> None:
+    """In every test."""
