@@ -36,31 +36,31 @@ def label_loss_rows() -> int:
     return rows
 
 
-def own_product(left: Tensor, columns: int, *, transposed: bool, rank: int = 0) -> int | None:
+def own_product(left: Tensor, columns: int, *, rank: int = 0) -> int | None:
     """Bytes that a large product of the compiled kernels holds; None where the matrix library multiplies.
 
-    left: [rows, depth]; `transposed` says that the right factor is [columns, depth], `rank` is the largest of the
-    low-rank terms that join. Of weights that are not kept as panels, as in training.
+    left: [rows, depth]; `rank` is the largest of the low-rank terms that join. Of weights that are not kept as panels,
+    as in training.
     """
-    shape = left.shape[0], left.shape[1], columns, rank, left.dtype == torch.bfloat16, transposed
-    held: int = torch.ops.peftdyno_cpu.product_workspace(*shape, False)
+    shape = left.shape[0], left.shape[1], columns, rank, left.dtype == torch.bfloat16
+    held: int = torch.ops.peftdyno_cpu.product_workspace(*shape)
     return None if held < 0 else held
 
 
 def _linear(x: Tensor, weight: Tensor, *_: Any) -> Workspace:
-    return Workspace(otherwise=own_product(x, weight.shape[0], transposed=True) or 0)
+    return Workspace(otherwise=own_product(x, weight.shape[0]) or 0)
 
 
 def _linear_backward(dy: Tensor, weight: Tensor) -> Workspace:
-    return Workspace(otherwise=own_product(dy, weight.shape[1], transposed=False) or 0)
+    return Workspace(otherwise=own_product(dy, weight.shape[1]) or 0)
 
 
 def _label_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float, need_gradient: bool) -> Workspace:
     rows = min(x.shape[0], label_loss_rows())
     logits = x.new_empty(rows, head.shape[0], device="meta")
     held = rows * torch.ops.peftdyno_cpu.label_loss_stride(head.shape[0], x.element_size()) * x.element_size()
-    forward = own_product(x[:rows], head.shape[0], transposed=True)
-    backward = own_product(logits, x.shape[1], transposed=False) if need_gradient else None
+    forward = own_product(x[:rows], head.shape[0])
+    backward = own_product(logits, x.shape[1]) if need_gradient else None
     return Workspace(during_products=held, otherwise=held + max(forward or 0, backward or 0))
 
 
@@ -81,7 +81,7 @@ def _lora(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Sequence
     _, rows, runs, *_ = rest
     ranks, bf16 = _ranks(a), x.dtype == torch.bfloat16
     during, otherwise = torch.ops.peftdyno_cpu.lora_workspace(x.shape[1], ranks, rows, runs, bf16)
-    own = own_product(x, weight.shape[0], transposed=True, rank=max(ranks))
+    own = own_product(x, weight.shape[0], rank=max(ranks))
     return Workspace(otherwise=otherwise if own is None else max(otherwise, during + own))
 
 
@@ -91,7 +91,7 @@ def _lora_backward(
     _, rows, runs, *_, need_x = rest
     terms = x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16, need_x
     during, otherwise = torch.ops.peftdyno_cpu.lora_backward_workspace(*terms)
-    own = own_product(dy, weight.shape[1], transposed=False) if need_x else None
+    own = own_product(dy, weight.shape[1]) if need_x else None
     factors = row_bytes(*a, *b)  # their gradients are the last that is made
     return Workspace(during - factors, max(otherwise - factors, during, during + (own or 0) - factors))
 

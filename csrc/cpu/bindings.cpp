@@ -47,8 +47,7 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
         " -> (Tensor, Tensor, Tensor)");
   m.def("attention_workspace(Tensor segments, Tensor chain, int heads, int key_heads, int width, int window, bool bf16,"
         " bool backward) -> int");
-  m.def("product_workspace(int rows, int depth, int columns, int rank, bool bf16, bool transposed,"
-        " bool packed) -> int",
+  m.def("product_workspace(int rows, int depth, int columns, int rank, bool bf16) -> int",
         &peftdyno::product_workspace);
   m.def("lora_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16) -> (int, int)",
         &peftdyno::lora_workspace);

@@ -111,21 +111,27 @@ struct LoraCall : LoraShape {
     const Tensor key_table = lora.dropped ? keys->contiguous() : Tensor();
     for (int64_t m = 0; m < lora.num_modules; ++m) {
       TORCH_CHECK(a[m].scalar_type() == at::kFloat && b[m].scalar_type() == at::kFloat, "factors are fp32");
-      const Tensor down = a[m].contiguous(), up = b[m].contiguous();
+      const Tensor down = whole_runs(a[m]), up = whole_runs(b[m]);
       const int64_t rank = down.size(1), out = rows[2 * m + 1] - rows[2 * m];
       TORCH_CHECK(down.size(2) == lora.width && up.size(1) == out && up.size(2) == rank, "factors do not fit the weight");
       for (int64_t j = 0; j < lora.num_runs; ++j) {
         LoraTerm& term = terms[m * lora.num_runs + j];
         term.up_scale = static_cast<float>(scaling[m * lora.num_runs + j]);
         if (lora.dropped) term.key = static_cast<uint64_t>(key_table.data_ptr<int64_t>()[m * lora.num_runs + j]);
-        term.a = down.data_ptr<float>() + j * rank * lora.width;
-        term.b = up.data_ptr<float>() + j * out * rank;
+        term.a = down.data_ptr<float>() + j * down.stride(0);
+        term.b = up.data_ptr<float>() + j * up.stride(0);
       }
       factors.push_back(down);
       factors.push_back(up);
     }
     lora.terms = terms.data();
     lora.tasks = tasks.data();
+  }
+
+  // Factors whose runs may lie apart, as in a bank.
+  static Tensor whole_runs(const Tensor& factors) {
+    const bool whole = factors.stride(2) == 1 && factors.stride(1) == factors.size(2);
+    return whole ? factors : factors.contiguous();
   }
 
   static std::vector<int64_t> ranks_of(TensorList a) {

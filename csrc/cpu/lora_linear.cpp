@@ -1,6 +1,5 @@
 // Operators of kernels/lora_linear.py: the skinny products by kernels of their own, then the large one.
 #include "operators.h"
-#include "packed.h"
 #include "product.h"
 
 namespace peftdyno {
@@ -16,8 +15,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x_any, const Tensor& weight
   call.lora.u = rows_of(u);
   Tensor y = empty_with_spare(x.size(0), weight.size(0), spare, x);
   ProductOptions options{.transposed = true, .bias = bias.has_value() ? &*bias : nullptr};
-  const bool packed = call.lora.bf16 && packed_panels(weight) != nullptr;
-  const bool joined = own_product(call.lora.bf16, x.size(0), x.size(1), true, packed);
+  const bool joined = own_product(call.lora.bf16, x.size(0), x.size(1));
   if (!joined) {
     product(x, weight, y, options);
     call.lora.y = rows_of(y);

@@ -60,8 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
 int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t heads, int64_t key_heads,
                             int64_t width, int64_t window, bool bf16, bool backward);
 // Bytes that a product of ours holds, or -1 where the library multiplies.
-int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool bf16, bool transposed,
-                          bool packed);
+int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool bf16);
 // Keeps W as panels for x W^T beside W, which must not change; the bytes that they take.
 int64_t keep_packed(const Tensor& weight);
 void forget_packed(const Tensor& weight);

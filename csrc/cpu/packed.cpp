@@ -41,7 +41,7 @@ const void* packed_panels(const Tensor& weight) {
 
 int64_t packed_bytes(IntArrayRef shape, bool bf16) {
   const int64_t depth = shape[1], columns = shape[0];
-  return own_product(bf16, 1, depth, true, true) ? 2 * depth * padded_to(columns, PANEL) : 0;
+  return own_product(bf16, 1, depth) ? 2 * depth * padded_to(columns, PANEL) : 0;
 }
 
 int64_t keep_packed(const Tensor& weight) {

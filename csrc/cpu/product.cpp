@@ -11,19 +11,25 @@
 namespace peftdyno {
 namespace {
 
-constexpr int64_t DEPTH_BLOCK = 768, DEEP_BLOCK = 384;  // of the depth; the second where it is many blocks
-constexpr int64_t LEFT_BYTES = 768 << 10;               // of the left factor that pass by while panels stay in cache
-constexpr int64_t FEW_ROWS = 64;                        // fewer read panels faster than the library reads weights
-constexpr int64_t MANY_ROWS = 384, DEEP = 2048;         // the library is slow at dy W of such shapes
+constexpr int64_t WHOLE_DEPTH = 1536, DEPTH_BLOCK = 768, DEEP_BLOCK = 384;  // the last where there are many blocks
+constexpr int64_t LEFT_BYTES = 768 << 10;   // of the left factor that pass by while panels in parts stay in cache
+constexpr int64_t GROUP_BYTES = 320 << 10;  // of panels packed together
+constexpr int64_t MANY_ROWS = 1024;         // of which more pass by larger groups
+
+// n divided by parts of about `most`, as even as can be.
+int64_t even_part(int64_t n, int64_t most) {
+  const int64_t parts = (n + most - 1) / most;
+  return (n + parts - 1) / parts;
+}
 
 struct Blocks {
-  int64_t depth, rows, row_shares, panel_shares;
+  int64_t depth, rows, group, row_shares, panel_shares;
 
   Blocks(int64_t num_rows, int64_t full_depth, int64_t panels) {
     const int64_t wanted = full_depth > 4 * DEPTH_BLOCK ? DEEP_BLOCK : DEPTH_BLOCK;
-    const int64_t parts = (full_depth + wanted - 1) / wanted;
-    depth = padded_to((full_depth + parts - 1) / parts, 32);
-    rows = std::max<int64_t>(PRODUCT_ROWS, LEFT_BYTES / (2 * depth) / PRODUCT_ROWS * PRODUCT_ROWS);
+    depth = full_depth <= WHOLE_DEPTH ? full_depth : padded_to(even_part(full_depth, wanted), 32);
+    rows = depth == full_depth ? padded_to(std::max<int64_t>(num_rows, 1), PRODUCT_ROWS)
+                               : std::max<int64_t>(PRODUCT_ROWS, LEFT_BYTES / (2 * depth) / PRODUCT_ROWS * PRODUCT_ROWS);
     const int64_t threads = at::get_num_threads(), blocks = (num_rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
     int64_t best = INT64_MAX;
     for (int64_t r = 1; r <= std::min(threads, blocks); ++r) {
@@ -34,14 +40,16 @@ struct Blocks {
       row_shares = r;
       panel_shares = p;
     }
+    const int64_t together = (num_rows > MANY_ROWS ? 2 : 1) * GROUP_BYTES / (2 * PANEL * depth);
+    group = even_part((panels + panel_shares - 1) / panel_shares, std::max<int64_t>(2, together));
   }
 
   int64_t shares() const { return row_shares * panel_shares; }
 
   // Of one share; the pieces are 64 bytes apart.
   int64_t bytes(int64_t full_depth, int64_t rank, bool packed) const {
-    const int64_t sums = depth < full_depth ? PANELS_AT_ONCE * rows * PANEL : PRODUCT_ROWS * PANEL;
-    return 2 * depth * ((packed ? 0 : PANELS_AT_ONCE * PANEL) + PRODUCT_ROWS) + 4 * sums + 2 * PRODUCT_ROWS * padded_to(rank, 32) + 256;
+    const int64_t sums = depth < full_depth ? group * rows * PANEL : PRODUCT_ROWS * PANEL;
+    return 2 * depth * ((packed ? 0 : group * PANEL) + PRODUCT_ROWS) + 4 * sums + 2 * PRODUCT_ROWS * padded_to(rank, 32) + 256;
   }
 };
 
@@ -77,20 +85,18 @@ void by_library(const Tensor& left, const Tensor& right, Tensor& out, const Prod
 
 }  // namespace
 
-bool own_product(bool bf16, int64_t rows, int64_t depth, bool transposed, bool packed) {
-  if (!bf16 || kernels().product == nullptr || rows == 0 || depth % 32 != 0) return false;
-  if (packed && rows < FEW_ROWS) return true;
-  return !transposed && rows >= MANY_ROWS && depth >= DEEP;
+bool own_product(bool bf16, int64_t rows, int64_t depth) {
+  return bf16 && kernels().product != nullptr && rows > 0 && depth % 32 == 0;
 }
 
-int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool packed) {
+int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank) {
   const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
-  return blocks.shares() * padded_to(blocks.bytes(depth, rank, packed), 64);
+  return blocks.shares() * padded_to(blocks.bytes(depth, rank, false), 64);
 }
 
 Tensor pack_whole(const Tensor& weight) {
   const int64_t depth = weight.size(1), columns = weight.size(0);
-  if (!own_product(is_bf16(weight), 1, depth, true, true) || weight.stride(1) != 1) return {};
+  if (!own_product(is_bf16(weight), 1, depth) || weight.stride(1) != 1) return {};
   const std::vector<Panel> panels = panels_of(columns, nullptr);
   Tensor packed = at::empty({static_cast<int64_t>(panels.size()) * PANEL, depth}, weight.options());
   Product p{};
@@ -107,7 +113,7 @@ Tensor pack_whole(const Tensor& weight) {
 void product(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options) {
   const int64_t rows = left.size(0), depth = left.size(1), columns = out.size(1);
   const void* packed = is_bf16(left) && options.transposed ? packed_panels(right) : nullptr;
-  if (!own_product(is_bf16(left), rows, depth, options.transposed, packed != nullptr)) return by_library(left, right, out, options);
+  if (!own_product(is_bf16(left), rows, depth)) return by_library(left, right, out, options);
   TORCH_CHECK(left.stride(1) == 1 && right.stride(1) == 1 && out.stride(1) == 1, "rows of a product are contiguous");
   const std::vector<Panel> panels = panels_of(columns, options.lora);
   for (const Panel& panel : panels)
@@ -116,7 +122,7 @@ void product(const Tensor& left, const Tensor& right, Tensor& out, const Product
   const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
   const Product p{rows, depth, rows_of(left), rows_of(right), rows_of(out), options.transposed, options.accumulate,
                   options.bias == nullptr ? nullptr : options.bias->data_ptr(),
-                  options.lora == nullptr ? nullptr : &options.lora->lora, packed, panels.data(), blocks.depth, blocks.rows};
+                  options.lora == nullptr ? nullptr : &options.lora->lora, packed, panels.data(), blocks.depth, blocks.rows, blocks.group};
   const Tensor scratch =
       at::empty({blocks.shares(), padded_to(blocks.bytes(depth, rank, packed != nullptr), 64)}, left.options().dtype(at::kByte));
   const int64_t whole[2] = {0, rows};

@@ -15,9 +15,8 @@ struct ProductOptions {
   const LoraCall* lora = nullptr;  // whose u and s B^T join; only where `own_product` holds
 };
 
-// Whether a product of such shapes is ours (docs/decisions/cpu-products.md): in bf16 on tiles, for few rows where the
-// right factor is kept as panels, and for the shapes of a backward pass that the library is slow at.
-bool own_product(bool bf16, int64_t rows, int64_t depth, bool transposed, bool packed);
+// Whether a product of such shapes is ours (docs/decisions/cpu-products.md): in bf16, where the processor has tiles.
+bool own_product(bool bf16, int64_t rows, int64_t depth);
 
 // W as panels for x W^T; undefined where such products are not ours.
 Tensor pack_whole(const Tensor& weight);
@@ -25,8 +24,8 @@ Tensor pack_whole(const Tensor& weight);
 // out [rows, columns] (+)= left right (+ bias)
 void product(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options);
 
-// Bytes that a product of ours holds for all threads; `rank` is the largest of its low-rank terms or 0, and `packed`
-// says whether the right factor is kept as panels.
-int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool packed);
+// Bytes that a product of ours holds for all threads where the right factor is not kept as panels; `rank` is the largest
+// of its low-rank terms or 0.
+int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank);
 
 }  // namespace peftdyno

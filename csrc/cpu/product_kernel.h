@@ -14,91 +14,154 @@ namespace PEFTDYNO_ISA {
 
 #if defined(PEFTDYNO_TILES)
 
+// Lines of the right factor that are packed next, asked for from memory while tiles multiply: `per_step` at a time,
+// along `num_rows` rows of `width` bytes.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t num_rows = 0, width = 0, stride = 0, per_step = 0, at = 0;
+
+  PEFTDYNO_INLINE void some(Ahead& a) {
+    for (int64_t i = 0; i < a.per_step && a.num_rows > 0; ++i) {
+      _mm_prefetch(a.row + a.at, _MM_HINT_T1);
+      a.at += 64;
+      if (a.at < a.width) continue;
+      a.at = 0;
+      a.row += a.stride;
+      --a.num_rows;
+    }
+  }
+};
+
+// One factor pair of a block: `depth` may be 0. B is a panel: pairs of its rows interleaved, `ldb` columns.
+struct PanelStep {
+  int64_t depth, lda, ldb;
+  const bfloat16 *a, *b;
+};
+
 // Tiles 0 to 3 += rows of A times a packed panel of B.
 template <int ROWS>
-PEFTDYNO_INLINE void panel_steps(int64_t depth, const bfloat16* a, int64_t lda, const bfloat16* b, int64_t ldb) {
-  for (int64_t k = 0; k < depth; k += 32) {
-    const bfloat16* pair = b + k * ldb;
-    _tile_loadd(4, a + k, lda * 2);
-    if (ROWS == 2) _tile_loadd(5, a + 16 * lda + k, lda * 2);
-    _tile_loadd(6, pair, ldb * 4);
-    _tile_loadd(7, pair + 32, ldb * 4);
+PEFTDYNO_INLINE void panel_steps(const PanelStep& s, Ahead& ahead) {
+  for (int64_t k = 0; k < s.depth; k += 32) {
+    const bfloat16* pair = s.b + k * s.ldb;
+    _tile_loadd(4, s.a + k, s.lda * 2);
+    if (ROWS == 2) _tile_loadd(5, s.a + 16 * s.lda + k, s.lda * 2);
+    _tile_loadd(6, pair, s.ldb * 4);
+    _tile_loadd(7, pair + 32, s.ldb * 4);
+    Ahead::some(ahead);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    for (int64_t r = 0; r < 16 * ROWS; ++r) _mm_prefetch(reinterpret_cast<const char*>(a + r * lda + k + 64), _MM_HINT_T0);
     if (ROWS == 1) continue;
     _tile_dpbf16ps(3, 5, 7);
     _tile_dpbf16ps(2, 5, 6);
   }
 }
 
-// One factor pair of a block: `depth` may be 0.
-struct PanelStep {
-  int64_t depth, lda, ldb;
-  const bfloat16 *a, *b;
-};
+constexpr int64_t TILE = 256;  // values of a tile of sums; those of a block lie one tile after another
 
-// c [16 ROWS, 32] (+)= both steps.
+// c (+)= both steps, for 16 ROWS rows.
 template <int ROWS>
-PEFTDYNO_INLINE void panel_block(const PanelStep& base, const PanelStep& low, float* c, bool add) {
-  constexpr int64_t BYTES = PANEL * 4;
-  float* below = c + 16 * PANEL;
+PEFTDYNO_INLINE void panel_block(const PanelStep& base, const PanelStep& low, float* c, bool add, Ahead& ahead) {
   if (add) {
-    _tile_loadd(0, c, BYTES);
-    _tile_loadd(1, c + 16, BYTES);
-    if (ROWS == 2) _tile_loadd(2, below, BYTES);
-    if (ROWS == 2) _tile_loadd(3, below + 16, BYTES);
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + TILE, 64);
+    if (ROWS == 2) _tile_loadd(2, c + 2 * TILE, 64);
+    if (ROWS == 2) _tile_loadd(3, c + 3 * TILE, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     if (ROWS == 2) _tile_zero(2);
     if (ROWS == 2) _tile_zero(3);
   }
-  panel_steps<ROWS>(base.depth, base.a, base.lda, base.b, base.ldb);
-  panel_steps<ROWS>(low.depth, low.a, low.lda, low.b, low.ldb);
-  _tile_stored(0, c, BYTES);
-  _tile_stored(1, c + 16, BYTES);
-  if (ROWS == 2) _tile_stored(2, below, BYTES);
-  if (ROWS == 2) _tile_stored(3, below + 16, BYTES);
+  panel_steps<ROWS>(base, ahead);
+  panel_steps<ROWS>(low, ahead);
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + TILE, 64);
+  if (ROWS == 2) _tile_stored(2, c + 2 * TILE, 64);
+  if (ROWS == 2) _tile_stored(3, c + 3 * TILE, 64);
 }
 
-// Columns of the right factor, `depth` deep from `first` on, as a panel: pairs of its rows interleaved.
-static void pack_panel(const Product& p, const Panel& panel, int64_t first, int64_t depth, bfloat16* to) {
-  if (p.transposed) {
-    const int64_t stride = p.right.stride;
-    const bfloat16* from = row_of<bfloat16>(p.right, panel.column) + first;
-    if (panel.width == PANEL && stride % 2 == 0) {
-      const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-      for (int64_t k = 0; k < depth / 2; k += LANES) {
-        transpose_square(words + k, stride / 2, pairs + k * PANEL, PANEL);
-        transpose_square(words + LANES * stride / 2 + k, stride / 2, pairs + k * PANEL + LANES, PANEL);
-      }
-      return;
+PEFTDYNO_INLINE __mmask32 columns_of(const Panel& panel) {
+  return panel.width == PANEL ? ~0u : (1u << panel.width) - 1;
+}
+
+// A panel of a right factor whose columns lie as rows, `depth` deep from `first` on.
+static void pack_columns(const Product& p, const Panel& panel, int64_t first, int64_t depth, bfloat16* to) {
+  const int64_t stride = p.right.stride;
+  const bfloat16* from = row_of<bfloat16>(p.right, panel.column) + first;
+  if (panel.width == PANEL && stride % 2 == 0) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+    for (int64_t k = 0; k < depth / 2; k += LANES) {
+      transpose_square(words + k, stride / 2, pairs + k * PANEL, PANEL);
+      transpose_square(words + LANES * stride / 2 + k, stride / 2, pairs + k * PANEL + LANES, PANEL);
     }
-    const bfloat16* columns[PANEL];
-    for (int64_t i = 0; i < panel.width; ++i) columns[i] = from + i * stride;
-    AmxEngine::pack_transposed(columns, panel.width, PANEL, depth, depth, to);
     return;
   }
-  const bfloat16* rows[32];
-  for (int64_t k = 0; k < depth; k += 32) {
-    for (int64_t r = 0; r < 32; ++r) rows[r] = row_of<bfloat16>(p.right, first + k + r) + panel.column;
-    AmxEngine::pack_rows(rows, 32, 32, panel.width, PANEL, to + k * PANEL);
+  const bfloat16* columns[PANEL];
+  for (int64_t i = 0; i < panel.width; ++i) columns[i] = from + i * stride;
+  AmxEngine::pack_transposed(columns, panel.width, PANEL, depth, depth, to);
+}
+
+// Panels of a right factor that lies row by row; all of them a pair of rows at a time, as memory likes it. `size`
+// elements lie between the panels.
+static void pack_pairs(const Product& p, const Panel* panels, int64_t count, int64_t first, int64_t depth, bfloat16* to,
+                       int64_t size) {
+  constexpr int64_t AHEAD = 8;  // rows
+  VecU low_half, high_half;     // 0 32 1 33 ... and 16 48 17 49 ..., as 16-bit indices
+  for (int64_t i = 0; i < LANES; ++i) {
+    low_half[i] = static_cast<uint32_t>(i | (i + 32) << 16);
+    high_half[i] = static_cast<uint32_t>((i + 16) | (i + 48) << 16);
+  }
+  for (int64_t k = 0; k < depth; k += 2) {
+    const bfloat16* even = row_of<bfloat16>(p.right, first + k);
+    for (int64_t i = 0; i < count; ++i) {
+      const bfloat16 *from = even + panels[i].column, *below = from + p.right.stride;
+      _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD * p.right.stride), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(below + AHEAD * p.right.stride), _MM_HINT_T0);
+      const __m512i a = _mm512_maskz_loadu_epi16(columns_of(panels[i]), from);
+      const __m512i b = _mm512_maskz_loadu_epi16(columns_of(panels[i]), below);
+      bfloat16* target = to + i * size + k * PANEL;
+      _mm512_storeu_si512(target, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(low_half), b));
+      _mm512_storeu_si512(target + PANEL, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(high_half), b));
+    }
   }
 }
 
-// Sums of a block to the result, in the result's type.
+// Panels, `depth` deep from `first` on and `size` elements apart.
+static void pack_panels(const Product& p, const Panel* panels, int64_t count, int64_t first, int64_t depth, bfloat16* to,
+                        int64_t size) {
+  if (!p.transposed) return pack_pairs(p, panels, count, first, depth, to, size);
+  for (int64_t i = 0; i < count; ++i) pack_columns(p, panels[i], first, depth, to + i * size);
+}
+
+// 32 columns of the sums of a block, as the result holds them.
+struct PanelRow {
+  Vec low, high;
+
+  PEFTDYNO_INLINE PanelRow of(__m512i pairs) {
+    return {widen(bit_cast<VecH>(_mm512_castsi512_si256(pairs))), widen(bit_cast<VecH>(_mm512_extracti64x4_epi64(pairs, 1)))};
+  }
+
+  PEFTDYNO_INLINE __m512i rounded(const PanelRow& r) {
+    return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(r.high), bit_cast<__m512>(r.low)));
+  }
+};
+
+// Sums of a block to the result.
 static void put_panel(const Product& p, const Panel& panel, int64_t row, int64_t rows, const float* c) {
-  const bfloat16* bias = p.bias == nullptr ? nullptr : static_cast<const bfloat16*>(p.bias) + panel.column;
+  const __mmask32 inside = columns_of(panel);
+  PanelRow bias{};
+  if (p.bias != nullptr)
+    bias = PanelRow::of(_mm512_maskz_loadu_epi16(inside, static_cast<const bfloat16*>(p.bias) + panel.column));
   for (int64_t r = 0; r < rows; ++r) {
     bfloat16* to = row_of<bfloat16>(p.out, row + r) + panel.column;
-    for (int64_t i = 0; i < panel.width; i += LANES) {
-      Vec v = load(c + r * PANEL + i);
-      if (bias != nullptr) v += load_upto(bias + i, panel.width - i);
-      if (p.accumulate) v += load_upto(to + i, panel.width - i);
-      store_upto(to + i, v, panel.width - i);
+    const float* from = c + r / 16 * 2 * TILE + r % 16 * LANES;
+    PanelRow sums{load(from) + bias.low, load(from + TILE) + bias.high};
+    if (p.accumulate) {
+      const PanelRow before = PanelRow::of(_mm512_maskz_loadu_epi16(inside, to));
+      sums = {sums.low + before.low, sums.high + before.high};
     }
+    _mm512_mask_storeu_epi16(to, inside, PanelRow::rounded(sums));
   }
 }
 
@@ -108,87 +171,130 @@ struct ProductScratch {
   float* sums;
 };
 
-// The low-rank term of a block: u of its rows, copied to whole tiles, and s B^T of its columns.
-static PanelStep low_rank_step(const Product& p, const Panel& panel, int64_t run, int64_t row, int64_t rows,
-                               bfloat16* u) {
-  if (panel.module < 0) return {0, 0, 0, nullptr, nullptr};
-  const LoraTerm& term = p.lora->terms[panel.module * p.lora->num_runs + run];
-  const int64_t rank = term.padded_rank, offset = panel.column - term.out_column, strip = offset / LORA_STRIP * LORA_STRIP;
+// u of a block's rows for one module, copied to whole tiles.
+static void copy_low_rank(const Product& p, const LoraTerm& term, int64_t row, int64_t rows, bfloat16* u) {
   for (int64_t r = 0; r < PRODUCT_ROWS; ++r)
-    copy_row(row_of<bfloat16>(p.lora->u, row + smaller(r, rows - 1)) + term.u_column, r < rows ? term.rank : 0, rank,
-             nullptr, u + r * rank);
+    copy_row(row_of<bfloat16>(p.lora->u, row + smaller(r, rows - 1)) + term.u_column, r < rows ? term.rank : 0,
+             term.padded_rank, nullptr, u + r * term.padded_rank);
+}
+
+// The low-rank term of a block: u of its rows and s B^T of its columns.
+static PanelStep low_rank_step(const LoraTerm& term, const Panel& panel, const bfloat16* u) {
+  const int64_t rank = term.padded_rank, offset = panel.column - term.out_column, strip = offset / LORA_STRIP * LORA_STRIP;
   const bfloat16* up = static_cast<const bfloat16*>(term.up_transposed) + strip * rank + 2 * (offset - strip);
   return {rank, rank, padded_to(smaller(LORA_STRIP, term.out_width - strip), 32), u, up};
 }
 
-// Rows of the left factor as they lie, or, where a block would reach beyond the last, copied.
-static PanelStep base_step(const Product& p, int64_t row, int64_t rows, int64_t first, int64_t depth,
-                           const bfloat16* panel, bfloat16* copy) {
-  const int64_t read = rows > 16 ? 32 : 16;
-  if (row + read <= p.rows) return {depth, p.left.stride, PANEL, row_of<bfloat16>(p.left, row) + first, panel};
-  for (int64_t r = 0; r < read; ++r)
-    copy_row(row_of<bfloat16>(p.left, row + smaller(r, rows - 1)) + first, r < rows ? depth : 0, depth, nullptr,
-             copy + r * depth);
-  return {depth, depth, PANEL, copy, panel};
+PEFTDYNO_INLINE int64_t rows_read(int64_t rows) {
+  return rows > 16 ? 32 : 16;
 }
 
-// One block of the depth of one panel, for some rows of one run.
-static void panel_rows(const Product& p, const Panel& panel, int64_t run, int64_t begin, int64_t end, int64_t first,
-                       const bfloat16* packed, float* sums, const ProductScratch& scratch) {
-  const int64_t depth = smaller(p.depth_block, p.depth - first);
-  const bool last = first + depth == p.depth;
-  for (int64_t row = begin; row < end; row += PRODUCT_ROWS) {
-    const int64_t rows = smaller(PRODUCT_ROWS, end - row);
-    float* c = sums + (p.depth_block < p.depth ? (row - begin) * PANEL : 0);
-    const PanelStep base = base_step(p, row, rows, first, depth, packed, scratch.left);
-    const PanelStep low = last ? low_rank_step(p, panel, run, row, rows, scratch.u) : PanelStep{};
+// Rows of the last block, where reading it whole would reach beyond the matrix.
+static void copy_last(const Product& p, int64_t row, int64_t first, int64_t depth, bfloat16* copy) {
+  const int64_t rows = p.rows - row;
+  for (int64_t r = 0; r < rows_read(rows); ++r)
+    copy_row(row_of<bfloat16>(p.left, row + smaller(r, rows - 1)) + first, r < rows ? depth : 0, depth, nullptr,
+             copy + r * depth);
+}
+
+// Some panels at one block of the depth, and the rows of one run that pass by them.
+struct Passage {
+  int64_t run, row_begin, row_end, first, depth;
+  bool last;             // block of the depth
+  const Panel* panels;
+  int64_t num_panels;
+  const bfloat16* packed;  // `packed_size` elements from a panel to the next
+  int64_t packed_size, sums_size;
+};
+
+// A block of rows, which stay in the first-level cache, times every panel.
+static void block_row(const Product& p, const Passage& s, int64_t row, float* sums, const ProductScratch& scratch,
+                      Ahead& ahead) {
+  const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row);
+  const bool beyond = row + rows_read(rows) > p.rows;
+  const bfloat16* left = beyond ? scratch.left : row_of<bfloat16>(p.left, row) + s.first;
+  int64_t module = -1;
+  for (int64_t i = 0; i < s.num_panels; ++i) {
+    const Panel& panel = s.panels[i];
+    float* c = sums + i * s.sums_size;
+    const PanelStep base{s.depth, beyond ? s.depth : p.left.stride, PANEL, left, s.packed + i * s.packed_size};
+    PanelStep low{};
+    if (s.last && panel.module >= 0) {
+      const LoraTerm& term = p.lora->terms[panel.module * p.lora->num_runs + s.run];
+      if (panel.module != module) copy_low_rank(p, term, row, rows, scratch.u);
+      module = panel.module;
+      low = low_rank_step(term, panel, scratch.u);
+    }
     if (rows > 16)
-      panel_block<2>(base, low, c, first > 0);
+      panel_block<2>(base, low, c, s.first > 0, ahead);
     else
-      panel_block<1>(base, low, c, first > 0);
-    if (last) put_panel(p, panel, row, rows, c);
+      panel_block<1>(base, low, c, s.first > 0, ahead);
+    if (s.last) put_panel(p, panel, row, rows, c);
   }
 }
 
-PEFTDYNO_INLINE const bfloat16* kept_panel(const Product& p, const Panel& panel) {
-  return static_cast<const bfloat16*>(p.packed) + panel.column * p.depth;
+// What is packed after a passage: the next block of the depth of its panels, or the next panels.
+static Ahead ahead_of(const Product& p, const Passage& s, const Panel* end) {
+  const Panel* from = s.panels + (s.last ? s.num_panels : 0);
+  const int64_t count = s.last ? smaller(p.group, end - from) : s.num_panels;
+  if (p.packed != nullptr || count <= 0) return {};
+  const int64_t first = s.last ? 0 : s.first + s.depth, depth = smaller(p.depth_block, p.depth - first);
+  const int64_t column = from->column, width = from[count - 1].column + from[count - 1].width - column;
+  const bfloat16* start =
+      p.transposed ? row_of<bfloat16>(p.right, column) + first : row_of<bfloat16>(p.right, first) + column;
+  Ahead ahead{reinterpret_cast<const char*>(start), p.transposed ? width : depth, 2 * (p.transposed ? depth : width),
+              2 * p.right.stride, 0, 0};
+  const int64_t lines = ahead.num_rows * ((ahead.width + 63) / 64);
+  const int64_t blocks = s.num_panels * ((s.row_end - s.row_begin + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
+  ahead.per_step = (lines + blocks * (s.depth / 32) - 1) / (blocks * (s.depth / 32));
+  return ahead;
+}
+
+// One block of the depth.
+static void pass(const Product& p, const Passage& s, const Panel* end, const ProductScratch& scratch) {
+  const int64_t last = s.row_begin + (s.row_end - s.row_begin - 1) / PRODUCT_ROWS * PRODUCT_ROWS;
+  if (last + rows_read(s.row_end - last) > p.rows) copy_last(p, last, s.first, s.depth, scratch.left);
+  Ahead ahead = ahead_of(p, s, end);
+  for (int64_t row = s.row_begin; row < s.row_end; row += PRODUCT_ROWS)
+    block_row(p, s, row, scratch.sums + (p.depth_block < p.depth ? (row - s.row_begin) * PANEL : 0), scratch, ahead);
 }
 
 // Panels begin to end - 1 of a share, packed together, for all of its rows of one run.
 static void panel_group(const Product& p, const ProductShare& share, int64_t run, int64_t begin, int64_t end,
                         int64_t row_begin, int64_t row_end, const ProductScratch& scratch) {
-  const int64_t panel_size = p.depth_block * PANEL, sums_size = p.depth_block < p.depth ? p.chunk_rows * PANEL : 0;
-  for (int64_t row = row_begin; row < row_end; row += p.chunk_rows) {
-    const int64_t stop = smaller(row + p.chunk_rows, row_end);
+  const bool whole = p.depth_block >= p.depth, kept = p.packed != nullptr;
+  const int64_t packed_size = PANEL * (kept ? p.depth : p.depth_block), sums_size = whole ? 0 : p.chunk_rows * PANEL;
+  const bfloat16* packed = scratch.panels;
+  for (int64_t row = row_begin; row < row_end; row += p.chunk_rows)
     for (int64_t first = 0; first < p.depth; first += p.depth_block) {
-      const bool packed = p.depth_block >= p.depth && row > share.row_begin;
-      for (int64_t i = begin; i < end; ++i) {
-        bfloat16* mine = scratch.panels + (i - begin) * panel_size;
-        const bfloat16* panel = p.packed == nullptr ? mine : kept_panel(p, p.panels[i]) + first * PANEL;
-        if (panel == mine && !packed) pack_panel(p, p.panels[i], first, smaller(p.depth_block, p.depth - first), mine);
-        panel_rows(p, p.panels[i], run, row, stop, first, panel, scratch.sums + (i - begin) * sums_size, scratch);
-      }
+      const int64_t depth = smaller(p.depth_block, p.depth - first);
+      if (kept)
+        packed = static_cast<const bfloat16*>(p.packed) + p.panels[begin].column * p.depth + first * PANEL;
+      else if (!whole || row == share.row_begin)
+        pack_panels(p, p.panels + begin, end - begin, first, depth, scratch.panels, packed_size);
+      const Passage s{run, row, smaller(row + p.chunk_rows, row_end), first, depth, first + depth == p.depth,
+                      p.panels + begin, end - begin, packed, packed_size, sums_size};
+      pass(p, s, p.panels + share.panel_end, scratch);
     }
-  }
 }
 
 // Every panel of the right factor, whole, in the order of columns.
 static void pack_product(const Product& p, int64_t begin, int64_t end, void* to) {
-  for (int64_t i = begin; i < end; ++i)
-    pack_panel(p, p.panels[i], 0, p.depth, static_cast<bfloat16*>(to) + i * PANEL * p.depth);
+  pack_panels(p, p.panels + begin, end - begin, 0, p.depth, static_cast<bfloat16*>(to) + begin * PANEL * p.depth,
+              PANEL * p.depth);
 }
 
 static void product(const Product& p, const ProductShare& share, const int64_t* run_offsets, int64_t num_runs,
                     void* memory) {
   Scratch room{static_cast<uint8_t*>(memory)};
   ProductScratch scratch;
-  scratch.panels = room.take<bfloat16>(p.packed == nullptr ? PANELS_AT_ONCE * p.depth_block * PANEL : 0);
+  scratch.panels = room.take<bfloat16>(p.packed == nullptr ? p.group * p.depth_block * PANEL : 0);
   scratch.left = room.take<bfloat16>(PRODUCT_ROWS * p.depth_block);
-  scratch.sums = room.take<float>(p.depth_block < p.depth ? PANELS_AT_ONCE * p.chunk_rows * PANEL : PRODUCT_ROWS * PANEL);
+  scratch.sums = room.take<float>(p.depth_block < p.depth ? p.group * p.chunk_rows * PANEL : PRODUCT_ROWS * PANEL);
   scratch.u = room.take<bfloat16>(0);
   AmxEngine::begin();
-  for (int64_t begin = share.panel_begin; begin < share.panel_end; begin += PANELS_AT_ONCE) {
-    const int64_t end = smaller(begin + PANELS_AT_ONCE, share.panel_end);
+  for (int64_t begin = share.panel_begin; begin < share.panel_end; begin += p.group) {
+    const int64_t end = smaller(begin + p.group, share.panel_end);
     for (int64_t run = 0; run < num_runs; ++run) {
       const int64_t from = run_offsets[run] > share.row_begin ? run_offsets[run] : share.row_begin;
       const int64_t to = smaller(run_offsets[run + 1], share.row_end);

@@ -9,7 +9,6 @@ namespace peftdyno {
 
 constexpr int64_t PANEL = 32;           // columns of the result computed together
 constexpr int64_t PRODUCT_ROWS = 32;    // rows of a block
-constexpr int64_t PANELS_AT_ONCE = 12;  // packed before the rows pass by them
 
 struct Lora;
 
@@ -30,6 +29,7 @@ struct Product {
   const Panel* panels;
   int64_t depth_block;  // depth whose panels are packed at a time
   int64_t chunk_rows;   // rows that pass by the packed panels together
+  int64_t group;        // panels packed together
 };
 
 // A thread's part.

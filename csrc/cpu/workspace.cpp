@@ -19,9 +19,8 @@ int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t
   return keys * element + std::max(transposing, threads * attention_backward_bytes(rows, d) + gradients);
 }
 
-int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool bf16, bool transposed,
-                          bool packed) {
-  return own_product(bf16, rows, depth, transposed, packed) ? product_bytes(rows, depth, columns, rank, packed) : -1;
+int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool bf16) {
+  return own_product(bf16, rows, depth) ? product_bytes(rows, depth, columns, rank) : -1;
 }
 
 std::tuple<int64_t, int64_t> lora_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,

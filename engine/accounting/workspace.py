@@ -40,7 +40,7 @@ def _compiled(operator: str, arguments: Sequence[Any], library: int) -> int:
 def _library(operator: str, arguments: Sequence[Any]) -> int:
     """Scratch of the largest library product inside a compiled operator."""
     if operator in ("linear", "lora_linear"):
-        return _scratch(arguments[0], arguments[1].t(), transposed=True)
+        return _scratch(arguments[0], arguments[1].t())
     if operator == "linear_backward":
         return _scratch(arguments[0], arguments[1])
     if operator == "lora_linear_backward":
@@ -49,10 +49,10 @@ def _library(operator: str, arguments: Sequence[Any]) -> int:
         x, head = arguments[0][: label_loss_rows()], arguments[1]
         logits = x.new_empty(x.shape[0], head.shape[0], device="meta")
         back = _scratch(logits, head) if arguments[4] else 0
-        return max(_scratch(x, head.t(), transposed=True), back)
+        return max(_scratch(x, head.t()), back)
     return 0
 
 
-def _scratch(left: Tensor, right: Tensor, *, transposed: bool = False) -> int:
-    own = own_product(left, right.shape[1], transposed=transposed)
+def _scratch(left: Tensor, right: Tensor) -> int:
+    own = own_product(left, right.shape[1])
     return product_scratch(left, right) if own is None else 0

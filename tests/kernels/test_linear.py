@@ -16,19 +16,46 @@ def test_strides(check, rows, dtype, tokens, out, columns, with_bias) -> None:
     check("linear_backward", rows(tokens, out, dtype, spare=3), weight)
 
 
-@pytest.mark.parametrize(("tokens", "depth", "columns"), [(384, 2080, 72), (401, 2080, 33), (390, 8224, 40)])
-def test_deep_gradient(check, rows, dtype, tokens, depth, columns) -> None:
-    """Shapes that bf16 tiles take from the library: the depth in several blocks, the last rows and columns partial."""
-    check("linear_backward", rows(tokens, depth, dtype, spare=3), rows(depth, columns, dtype))
+SHAPES = {
+    "one row": (1, 64, 40),
+    "half a tile": (15, 96, 33),
+    "a tile and one": (17, 96, 33),
+    "last rows partial": (122, 576, 72),
+    "many groups of columns": (65, 64, 1100),
+    "many rows": (1300, 64, 300),
+    "two blocks of depth": (40, 1568, 72),
+    "deep": (401, 2080, 33),
+    "many blocks of depth": (390, 8224, 40),
+}
+"""Rows, depth and columns of products that bf16 tiles multiply."""
 
 
-def test_deep_gradient_has_the_same_bits_on_two_threads(isa, rows) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spare", [0, 7])
+def test_blocks(check, rows, dtype, shape, spare) -> None:
+    tokens, depth, columns = SHAPES[shape]
+    check("linear", rows(tokens, depth, dtype, spare=3), rows(columns, depth, dtype, spare=spare), None, 0)
+    check("linear_backward", rows(tokens, depth, dtype, spare=3), rows(depth, columns, dtype, spare=spare))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_bits_on_two_threads(isa, rows, shape) -> None:
     if isa != "amx":
         pytest.skip("the library multiplies")
-    dy, weight = rows(401, 2080, torch.bfloat16), rows(2080, 72, torch.bfloat16)
+    tokens, depth, columns = SHAPES[shape]
+    dy, weight = rows(tokens, depth, torch.bfloat16), rows(depth, columns, torch.bfloat16)
     alone = PRIMITIVES["linear_backward"].implementations["cpu"](dy, weight)
     torch.set_num_threads(2)
     assert torch.equal(PRIMITIVES["linear_backward"].implementations["cpu"](dy, weight), alone)
+
+
+def test_large_values_stay_finite_and_infinite_ones_do_not(isa, rows) -> None:
+    x, weight = rows(33, 64, torch.bfloat16), rows(40, 64, torch.bfloat16)
+    y = PRIMITIVES["linear"].implementations["cpu"](x * 1e18, weight * 1e18, None, 0)
+    assert y.isfinite().all() and y.abs().max() > 1e36
+    x[3, 5] = float("inf")
+    y = PRIMITIVES["linear"].implementations["cpu"](x, weight, None, 0)
+    assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 33, 63])

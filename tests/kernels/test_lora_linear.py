@@ -67,6 +67,30 @@ def test_mask_is_the_stream(isa, columns) -> None:
     assert torch.equal(u != 0, keep_mask(streams, columns, int(keys), dropout))
 
 
+@pytest.mark.parametrize("runs", [[0, 40, 40, 57, 122], [0, 1, 33, 65, 66]], ids=["122", "66"])
+def test_terms_join_panels(check, rows, dtype, runs) -> None:
+    """Modules over several panels and strips of one weight, one of them beginning within a panel."""
+    n, columns, out = runs[-1], 576, 440
+    x, weight, bias = rows(n, columns, dtype, spare=3), rows(out, columns, dtype), torch.randn(out).to(dtype)
+    spans, ranks = [0, 170, 180, 440], [16, 40]
+    a = [torch.randn(4, r, columns) / 25 for r in ranks]
+    b = [torch.randn(4, spans[2 * m + 1] - spans[2 * m], r) for m, r in enumerate(ranks)]
+    terms = [0.25 * (i + 1) for i in range(8)], spans, runs, 0.1, torch.arange(n), torch.ones(2, 4, dtype=torch.int64)
+    _, u = check("lora_linear", x, weight, bias, a, b, *terms, 0, 0, 16)
+    check("lora_linear_backward", rows(n, out, dtype), x, u, weight, a, b, *terms, 0, True)
+
+
+def test_factors_of_runs_may_lie_apart(isa, rows) -> None:
+    """As in a bank, where a run's parameters lie together."""
+    x, weight = rows(70, 64, torch.float32), rows(48, 64, torch.float32)
+    whole = torch.randn(2, 5 * 64 + 48 * 5)
+    a, b = [whole[:, : 5 * 64].view(2, 5, 64)], [whole[:, 5 * 64 :].view(2, 48, 5)]
+    terms = [1.0, 2.0], [0, 48], [0, 30, 70], 0.0, None, None, 0, 0, 0
+    apart = torch.ops.peftdyno_cpu.lora_linear(x, weight, None, a, b, *terms)
+    together = torch.ops.peftdyno_cpu.lora_linear(x, weight, None, [a[0].clone()], [b[0].clone()], *terms)
+    assert all(map(torch.equal, apart, together))
+
+
 def test_deep_gradient(check, rows, dtype) -> None:
     """The low-rank gradient of x and the large product's meet in one tensor, also where tiles take the product."""
     tokens, out, columns = 400, 2080, 64

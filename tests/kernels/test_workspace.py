@@ -60,12 +60,36 @@ def test_lora_linear(rows, threads, tokens, border, dropout) -> None:
     assert recorded("lora_linear_backward", *backward) == pytest.approx(peak, abs=VIEW)
 
 
-@pytest.mark.parametrize("tokens", [383, 400])
-def test_deep_gradient(rows, threads, tokens) -> None:
-    """A product of ours, where the processor has tiles and there are rows enough; the library states no scratch."""
-    threads(2)
-    dy, weight = rows(tokens, 2080, torch.bfloat16), rows(2080, 72, torch.bfloat16)
-    if own_product(dy, 72, transposed=False) is None:
+@pytest.mark.parametrize("threads_used", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "depth", "columns"), [(1, 64, 40), (122, 576, 1100), (1100, 1568, 72), (400, 2080, 72)]
+)
+def test_products(rows, threads, threads_used, tokens, depth, columns) -> None:
+    """Of ours, where the processor has tiles; the library states no scratch."""
+    threads(threads_used)
+    x, weight, other = (rows(*shape, torch.bfloat16) for shape in ((tokens, depth), (columns, depth), (depth, columns)))
+    if own_product(x, columns) is None:
         pytest.skip("the library multiplies")
-    held = cpu_workspace("linear_backward", (dy, weight)).otherwise
-    assert recorded("linear_backward", dy, weight) == pytest.approx(held, abs=VIEW)
+    for name, right, options in (("linear", weight, (None, 0)), ("linear_backward", other, ())):
+        held = cpu_workspace(name, (x, right, *options)).otherwise
+        assert recorded(name, x, right, *options) == pytest.approx(held, abs=VIEW)
+
+
+def test_terms_in_a_product(rows, threads) -> None:
+    """Low-rank terms of runs whose factors lie apart, joining products of ours where there are such."""
+    threads(2)
+    x, weight, dy = (rows(*shape, torch.bfloat16) for shape in ((300, 64), (320, 64), (300, 320)))
+    if own_product(x, 320) is None:
+        pytest.skip("the library multiplies")
+    whole = torch.randn(2, 16 * 64 + 160 * 16)
+    a, b = [whole[:, : 16 * 64].view(2, 16, 64)], [whole[:, 16 * 64 :].view(2, 160, 16)]
+    terms = [1.0, 2.0], [0, 160], [0, 90, 300], 0.1, torch.arange(300), torch.ones(1, 2, dtype=torch.int64)
+    forward = x, weight, None, a, b, *terms, 0, 0, 0
+    _, u = torch.ops.peftdyno_cpu.lora_linear(*forward)
+    for name, arguments in (
+        ("lora_linear", forward),
+        ("lora_linear_backward", (dy, x, u, weight, a, b, *terms, 0, True)),
+    ):
+        held = cpu_workspace(name, arguments)
+        peak = max(held.during_products, held.otherwise)
+        assert recorded(name, *arguments) == pytest.approx(peak, abs=VIEW)

@@ -53,7 +53,7 @@ def _step_lines(site: str, rows: int, weights: Sequence[Tensor], repeats: int) -
         ("forward", x, _library_forward, _operator_forward),
         ("dx", dy, torch.mm, linear.BACKWARD),
     ):
-        mine = _own(left, out if direction == "forward" else depth, direction == "forward")
+        mine = _own(left, out if direction == "forward" else depth)
         for state, used in (("hot", weights[:1]), ("rotated", weights)):
             measures = {
                 "library": _measure(library, left, used),
@@ -75,7 +75,7 @@ def _head_lines(setting: Setting, rows: int) -> list[Line]:
         dy = with_spare(rows, config.vocab_size, spare, head).normal_()
         measures = {"library": _measure(torch.mm, dy, [head]), "operator": _measure(linear.BACKWARD, dy, [head])}
         shape = f"{rows} x {config.vocab_size} x {config.hidden_size}"
-        what = f"dx {shape}, rows {name}; {_own(dy, config.hidden_size, False)}"
+        what = f"dx {shape}, rows {name}; {_own(dy, config.hidden_size)}"
         cells = _rates(measures, HEAD_CALLS, setting.repeats)
         lines.append(Line(name=f"dx_head_{name}", what=what, unit="GFLOP/s", cells=cells, over=OVER))
     return lines
@@ -137,7 +137,7 @@ def _operator_forward(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _own(left: Tensor, columns: int, transposed: bool) -> str:
+def _own(left: Tensor, columns: int) -> str:
     """Who multiplies in the operator."""
-    own = cpu.AVAILABLE and own_product(left, columns, transposed=transposed) is not None
+    own = cpu.AVAILABLE and own_product(left, columns) is not None
     return "own product" if own else "the operator calls the library too"
