@@ -124,7 +124,6 @@ struct Nf4Dequantise {
 
 struct Lora;
 struct Product;
-struct ProductShare;
 struct LoraTerm;
 struct LoraSums;
 struct Attention;
@@ -145,8 +144,7 @@ struct Kernels {
   void (*label_loss)(const LabelLoss&, int64_t begin, int64_t end);
   void (*nf4_dequantise)(const Nf4Dequantise&, int64_t begin, int64_t end);  // of blocks
   int64_t (*operand_bytes)(bool bf16);  // of one element of an operand of the block products
-  void (*product)(const Product&, const ProductShare&, const int64_t* run_offsets, int64_t num_runs,
-                  void* scratch);  // null where the library's products are faster
+  void (*product)(const Product&, int64_t* next_unit, void* scratch);  // null where the library's products are faster
   void (*pack_product)(const Product&, int64_t begin, int64_t end, void* to);
   void (*lora_pack)(const Lora&, const LoraTerm&, bool up, void* scratch);  // of A, or with `up` of B
   void (*lora_forward)(const Lora&, int64_t begin, int64_t end, void* scratch);

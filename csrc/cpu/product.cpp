@@ -14,42 +14,40 @@ namespace {
 constexpr int64_t WHOLE_DEPTH = 1536, DEPTH_BLOCK = 768, DEEP_BLOCK = 384;  // the last where there are many blocks
 constexpr int64_t LEFT_BYTES = 768 << 10;   // of the left factor that pass by while panels in parts stay in cache
 constexpr int64_t GROUP_BYTES = 320 << 10;  // of panels packed together
-constexpr int64_t MANY_ROWS = 1024;         // of which more pass by larger groups
+constexpr int64_t MANY_ROWS = 1024, FEW_ROWS = 256;  // of a left factor that stays in cache, whole and in parts
+constexpr int64_t SMALL_GROUP = 3, LARGE_GROUP = 8;  // panels at least; the second where rows come from memory anew
 
-// n divided by parts of about `most`, as even as can be.
-int64_t even_part(int64_t n, int64_t most) {
-  const int64_t parts = (n + most - 1) / most;
-  return (n + parts - 1) / parts;
+int64_t ratio_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
 
+// Units of work, several a thread, so that one that its processor slows down can take fewer.
 struct Blocks {
-  int64_t depth, rows, group, row_shares, panel_shares;
+  int64_t depth, rows, group, row_shares = 1, threads;
 
   Blocks(int64_t num_rows, int64_t full_depth, int64_t panels) {
-    const int64_t wanted = full_depth > 4 * DEPTH_BLOCK ? DEEP_BLOCK : DEPTH_BLOCK;
-    depth = full_depth <= WHOLE_DEPTH ? full_depth : padded_to(even_part(full_depth, wanted), 32);
-    rows = depth == full_depth ? padded_to(std::max<int64_t>(num_rows, 1), PRODUCT_ROWS)
-                               : std::max<int64_t>(PRODUCT_ROWS, LEFT_BYTES / (2 * depth) / PRODUCT_ROWS * PRODUCT_ROWS);
-    const int64_t threads = at::get_num_threads(), blocks = (num_rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
-    int64_t best = INT64_MAX;
-    for (int64_t r = 1; r <= std::min(threads, blocks); ++r) {
-      const int64_t p = std::min(threads / r, panels);
-      const int64_t longest = ((blocks + r - 1) / r + 1) * ((panels + p - 1) / p);  // a panel's packing is worth a block
-      if (longest >= best) continue;
-      best = longest;
-      row_shares = r;
-      panel_shares = p;
-    }
-    const int64_t together = (num_rows > MANY_ROWS ? 2 : 1) * GROUP_BYTES / (2 * PANEL * depth);
-    group = even_part((panels + panel_shares - 1) / panel_shares, std::max<int64_t>(2, together));
+    const int64_t most = full_depth > 4 * DEPTH_BLOCK ? DEEP_BLOCK : DEPTH_BLOCK;
+    const int64_t row_blocks = ratio_up(num_rows, PRODUCT_ROWS);
+    const bool whole = full_depth <= WHOLE_DEPTH, many = num_rows > MANY_ROWS;
+    depth = whole ? full_depth : padded_to(ratio_up(full_depth, ratio_up(full_depth, most)), 32);
+    rows = whole ? row_blocks * PRODUCT_ROWS
+                 : std::max<int64_t>(PRODUCT_ROWS, LEFT_BYTES / (2 * depth) / PRODUCT_ROWS * PRODUCT_ROWS);
+    const int64_t available = at::get_num_threads(), least = available == 1 ? 1 : 2 * available;
+    const int64_t largest = std::max<int64_t>(2, (many ? 2 : 1) * GROUP_BYTES / (2 * PANEL * depth));
+    const bool streamed = many || (!whole && num_rows > FEW_ROWS);
+    const int64_t smallest = std::min(largest, streamed ? LARGE_GROUP : SMALL_GROUP);
+    const int64_t wanted = std::min(streamed ? least : 2 * least, ratio_up(panels, smallest));
+    group = ratio_up(panels, std::max(ratio_up(panels, largest), wanted));
+    const int64_t groups = ratio_up(panels, group);
+    if (groups < least) row_shares = std::max<int64_t>(1, std::min(ratio_up(least, groups), row_blocks / 4));
+    threads = std::min(available, row_shares * groups);
   }
 
-  int64_t shares() const { return row_shares * panel_shares; }
-
-  // Of one share; the pieces are 64 bytes apart.
+  // Of one thread; the pieces are 64 bytes apart.
   int64_t bytes(int64_t full_depth, int64_t rank, bool packed) const {
     const int64_t sums = depth < full_depth ? group * rows * PANEL : PRODUCT_ROWS * PANEL;
-    return 2 * depth * ((packed ? 0 : group * PANEL) + PRODUCT_ROWS) + 4 * sums + 2 * PRODUCT_ROWS * padded_to(rank, 32) + 256;
+    const int64_t operands = 2 * depth * ((packed ? 0 : group * PANEL) + PRODUCT_ROWS);
+    return padded_to(operands + 4 * sums + 2 * PRODUCT_ROWS * padded_to(rank, 32) + 256, 64);
   }
 };
 
@@ -91,7 +89,7 @@ bool own_product(bool bf16, int64_t rows, int64_t depth) {
 
 int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank) {
   const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
-  return blocks.shares() * padded_to(blocks.bytes(depth, rank, false), 64);
+  return blocks.threads * blocks.bytes(depth, rank, false);
 }
 
 Tensor pack_whole(const Tensor& weight) {
@@ -120,23 +118,19 @@ void product(const Tensor& left, const Tensor& right, Tensor& out, const Product
     if (panel.column % PANEL != 0) packed = nullptr;  // modules cut the panels elsewhere
   const int64_t count = static_cast<int64_t>(panels.size()), rank = options.lora == nullptr ? 0 : options.lora->largest_rank;
   const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
+  const int64_t whole[2] = {0, rows};
   const Product p{rows, depth, rows_of(left), rows_of(right), rows_of(out), options.transposed, options.accumulate,
                   options.bias == nullptr ? nullptr : options.bias->data_ptr(),
-                  options.lora == nullptr ? nullptr : &options.lora->lora, packed, panels.data(), blocks.depth, blocks.rows, blocks.group};
+                  options.lora == nullptr ? nullptr : &options.lora->lora, packed, panels.data(), count, blocks.depth,
+                  blocks.rows, blocks.group, blocks.row_shares,
+                  options.lora == nullptr ? whole : options.lora->run_offsets.data(),
+                  options.lora == nullptr ? 1 : options.lora->lora.num_runs};
   const Tensor scratch =
-      at::empty({blocks.shares(), padded_to(blocks.bytes(depth, rank, packed != nullptr), 64)}, left.options().dtype(at::kByte));
-  const int64_t whole[2] = {0, rows};
-  const int64_t* offsets = options.lora == nullptr ? whole : options.lora->run_offsets.data();
-  const int64_t num_runs = options.lora == nullptr ? 1 : options.lora->lora.num_runs;
-  const int64_t row_blocks = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
-  at::parallel_for(0, blocks.shares(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / blocks.panel_shares, c = i % blocks.panel_shares;
-      const ProductShare share{row_blocks * r / blocks.row_shares * PRODUCT_ROWS,
-                               std::min(rows, row_blocks * (r + 1) / blocks.row_shares * PRODUCT_ROWS),
-                               count * c / blocks.panel_shares, count * (c + 1) / blocks.panel_shares};
-      kernels().product(p, share, offsets, num_runs, scratch.data_ptr<uint8_t>() + i * scratch.size(1));
-    }
+      at::empty({blocks.threads, blocks.bytes(depth, rank, packed != nullptr)}, left.options().dtype(at::kByte));
+  int64_t next_unit = 0;
+  at::parallel_for(0, blocks.threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels().product(p, &next_unit, scratch.data_ptr<uint8_t>() + i * scratch.size(1));
   });
 }
 

@@ -1,4 +1,4 @@
-// Large bf16 products in tiles: panels of the right factor are packed as the rows of the left one pass by them.
+// bf16 products in tiles: the rows of the left factor pass by panels of the right one, packed a group at a time.
 //
 // The left factor is read where it lies. With one block of the depth a result leaves the tiles once; with several its
 // sum waits in fp32. Low-rank terms are some more depth to the panels of their module.
@@ -233,11 +233,27 @@ static void block_row(const Product& p, const Passage& s, int64_t row, float* su
   }
 }
 
-// What is packed after a passage: the next block of the depth of its panels, or the next panels.
-static Ahead ahead_of(const Product& p, const Passage& s, const Panel* end) {
-  const Panel* from = s.panels + (s.last ? s.num_panels : 0);
-  const int64_t count = s.last ? smaller(p.group, end - from) : s.num_panels;
-  if (p.packed != nullptr || count <= 0) return {};
+// A part of the result that one thread computes: a group of panels times a share of the rows.
+struct Unit {
+  int64_t row_begin, row_end;
+  const Panel* panels;
+  int64_t num_panels;  // 0 beyond the last unit
+};
+
+static Unit unit_of(const Product& p, int64_t unit) {
+  if (unit >= p.num_units()) return {};
+  const int64_t share = unit / p.groups(), first = unit % p.groups() * p.group;
+  const int64_t blocks = (p.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+  return {blocks * share / p.row_shares * PRODUCT_ROWS,
+          smaller(p.rows, blocks * (share + 1) / p.row_shares * PRODUCT_ROWS), p.panels + first,
+          smaller(p.group, p.num_panels - first)};
+}
+
+// What is packed after a passage: the next block of the depth of its panels, or the panels of the next unit.
+static Ahead ahead_of(const Product& p, const Passage& s, const Unit& next) {
+  const Panel* from = s.last ? next.panels : s.panels;
+  const int64_t count = s.last ? next.num_panels : s.num_panels;
+  if (p.packed != nullptr || count == 0) return {};
   const int64_t first = s.last ? 0 : s.first + s.depth, depth = smaller(p.depth_block, p.depth - first);
   const int64_t column = from->column, width = from[count - 1].column + from[count - 1].width - column;
   const bfloat16* start =
@@ -251,17 +267,17 @@ static Ahead ahead_of(const Product& p, const Passage& s, const Panel* end) {
 }
 
 // One block of the depth.
-static void pass(const Product& p, const Passage& s, const Panel* end, const ProductScratch& scratch) {
+static void pass(const Product& p, const Passage& s, const Unit& next, const ProductScratch& scratch) {
   const int64_t last = s.row_begin + (s.row_end - s.row_begin - 1) / PRODUCT_ROWS * PRODUCT_ROWS;
   if (last + rows_read(s.row_end - last) > p.rows) copy_last(p, last, s.first, s.depth, scratch.left);
-  Ahead ahead = ahead_of(p, s, end);
+  Ahead ahead = ahead_of(p, s, next);
   for (int64_t row = s.row_begin; row < s.row_end; row += PRODUCT_ROWS)
     block_row(p, s, row, scratch.sums + (p.depth_block < p.depth ? (row - s.row_begin) * PANEL : 0), scratch, ahead);
 }
 
-// Panels begin to end - 1 of a share, packed together, for all of its rows of one run.
-static void panel_group(const Product& p, const ProductShare& share, int64_t run, int64_t begin, int64_t end,
-                        int64_t row_begin, int64_t row_end, const ProductScratch& scratch) {
+// A unit's rows of one run.
+static void unit_rows(const Product& p, const Unit& unit, int64_t run, int64_t row_begin, int64_t row_end,
+                      const Unit& next, const ProductScratch& scratch) {
   const bool whole = p.depth_block >= p.depth, kept = p.packed != nullptr;
   const int64_t packed_size = PANEL * (kept ? p.depth : p.depth_block), sums_size = whole ? 0 : p.chunk_rows * PANEL;
   const bfloat16* packed = scratch.panels;
@@ -269,12 +285,12 @@ static void panel_group(const Product& p, const ProductShare& share, int64_t run
     for (int64_t first = 0; first < p.depth; first += p.depth_block) {
       const int64_t depth = smaller(p.depth_block, p.depth - first);
       if (kept)
-        packed = static_cast<const bfloat16*>(p.packed) + p.panels[begin].column * p.depth + first * PANEL;
-      else if (!whole || row == share.row_begin)
-        pack_panels(p, p.panels + begin, end - begin, first, depth, scratch.panels, packed_size);
+        packed = static_cast<const bfloat16*>(p.packed) + unit.panels->column * p.depth + first * PANEL;
+      else if (!whole || row == unit.row_begin)
+        pack_panels(p, unit.panels, unit.num_panels, first, depth, scratch.panels, packed_size);
       const Passage s{run, row, smaller(row + p.chunk_rows, row_end), first, depth, first + depth == p.depth,
-                      p.panels + begin, end - begin, packed, packed_size, sums_size};
-      pass(p, s, p.panels + share.panel_end, scratch);
+                      unit.panels, unit.num_panels, packed, packed_size, sums_size};
+      pass(p, s, next, scratch);
     }
 }
 
@@ -284,8 +300,8 @@ static void pack_product(const Product& p, int64_t begin, int64_t end, void* to)
               PANEL * p.depth);
 }
 
-static void product(const Product& p, const ProductShare& share, const int64_t* run_offsets, int64_t num_runs,
-                    void* memory) {
+// Units one after another, as threads come for them: a thread that its processor slows down takes fewer.
+static void product(const Product& p, int64_t* next_unit, void* memory) {
   Scratch room{static_cast<uint8_t*>(memory)};
   ProductScratch scratch;
   scratch.panels = room.take<bfloat16>(p.packed == nullptr ? p.group * p.depth_block * PANEL : 0);
@@ -293,12 +309,14 @@ static void product(const Product& p, const ProductShare& share, const int64_t* 
   scratch.sums = room.take<float>(p.depth_block < p.depth ? p.group * p.chunk_rows * PANEL : PRODUCT_ROWS * PANEL);
   scratch.u = room.take<bfloat16>(0);
   AmxEngine::begin();
-  for (int64_t begin = share.panel_begin; begin < share.panel_end; begin += p.group) {
-    const int64_t end = smaller(begin + p.group, share.panel_end);
-    for (int64_t run = 0; run < num_runs; ++run) {
-      const int64_t from = run_offsets[run] > share.row_begin ? run_offsets[run] : share.row_begin;
-      const int64_t to = smaller(run_offsets[run + 1], share.row_end);
-      if (from < to) panel_group(p, share, run, begin, end, from, to, scratch);
+  Unit next = unit_of(p, __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED));
+  while (next.num_panels > 0) {
+    const Unit unit = next;
+    next = unit_of(p, __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED));
+    for (int64_t run = 0; run < p.num_runs; ++run) {
+      const int64_t from = p.run_offsets[run] > unit.row_begin ? p.run_offsets[run] : unit.row_begin;
+      const int64_t to = smaller(p.run_offsets[run + 1], unit.row_end);
+      if (from < to) unit_rows(p, unit, run, from, to, next, scratch);
     }
   }
   AmxEngine::end();

@@ -27,14 +27,16 @@ struct Product {
   const Lora* lora;     // s u B^T joins where not null
   const void* packed;   // every panel of the right factor at its whole depth, or null
   const Panel* panels;
+  int64_t num_panels;
   int64_t depth_block;  // depth whose panels are packed at a time
   int64_t chunk_rows;   // rows that pass by the packed panels together
   int64_t group;        // panels packed together
-};
+  int64_t row_shares;   // parts of the rows for which panels are packed anew
+  const int64_t* run_offsets;
+  int64_t num_runs;
 
-// A thread's part.
-struct ProductShare {
-  int64_t row_begin, row_end, panel_begin, panel_end;
+  int64_t groups() const { return (num_panels + group - 1) / group; }
+  int64_t num_units() const { return row_shares * groups(); }
 };
 
 }  // namespace peftdyno
