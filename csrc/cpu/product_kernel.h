@@ -32,21 +32,32 @@ struct Ahead {
   }
 };
 
-// One factor pair of a block: `depth` may be 0. B is a panel: pairs of its rows interleaved, `ldb` columns.
-struct PanelStep {
-  int64_t depth, lda, ldb;
-  const bfloat16 *a, *b;
+// Two tiles side by side and those that follow them along the depth: `stride` bytes from row to row of a tile, `other`
+// elements from the first tile to the second, `step` from a pair of tiles to the next.
+struct Tiles {
+  const bfloat16* first;
+  int64_t stride, other, step;
 };
 
-// Tiles 0 to 3 += rows of A times a packed panel of B.
+PEFTDYNO_INLINE Tiles packed_tiles(const bfloat16* first) {
+  return {first, 64, PANEL * 16, PANEL * 32};
+}
+
+// One factor pair of a block: `depth` may be 0.
+struct PanelStep {
+  int64_t depth;
+  Tiles a, b;
+};
+
+// Tiles 0 to 3 += rows of A times a panel of B.
 template <int ROWS>
 PEFTDYNO_INLINE void panel_steps(const PanelStep& s, Ahead& ahead) {
-  for (int64_t k = 0; k < s.depth; k += 32) {
-    const bfloat16* pair = s.b + k * s.ldb;
-    _tile_loadd(4, s.a + k, s.lda * 2);
-    if (ROWS == 2) _tile_loadd(5, s.a + 16 * s.lda + k, s.lda * 2);
-    _tile_loadd(6, pair, s.ldb * 4);
-    _tile_loadd(7, pair + 32, s.ldb * 4);
+  const bfloat16 *a = s.a.first, *b = s.b.first;
+  for (int64_t k = 0; k < s.depth; k += 32, a += s.a.step, b += s.b.step) {
+    _tile_loadd(4, a, s.a.stride);
+    if (ROWS == 2) _tile_loadd(5, a + s.a.other, s.a.stride);
+    _tile_loadd(6, b, s.b.stride);
+    _tile_loadd(7, b + s.b.other, s.b.stride);
     Ahead::some(ahead);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -92,14 +103,18 @@ static void pack_columns(const Product& p, const Panel& panel, int64_t first, in
     const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
     for (int64_t k = 0; k < depth / 2; k += LANES) {
-      transpose_square(words + k, stride / 2, pairs + k * PANEL, PANEL);
-      transpose_square(words + LANES * stride / 2 + k, stride / 2, pairs + k * PANEL + LANES, PANEL);
+      transpose_square(words + k, stride / 2, pairs + k * PANEL, LANES);
+      transpose_square(words + LANES * stride / 2 + k, stride / 2, pairs + k * PANEL + LANES * LANES, LANES);
     }
     return;
   }
-  const bfloat16* columns[PANEL];
-  for (int64_t i = 0; i < panel.width; ++i) columns[i] = from + i * stride;
-  AmxEngine::pack_transposed(columns, panel.width, PANEL, depth, depth, to);
+  for (int64_t k = 0; k < depth; k += 32, to += PANEL * 32)
+    for (int64_t half = 0; half < PANEL; half += LANES) {
+      const bfloat16* columns[LANES];
+      const int64_t count = smaller(LANES, panel.width - half);
+      for (int64_t i = 0; i < count; ++i) columns[i] = from + (half + i) * stride + k;
+      AmxEngine::pack_transposed(columns, count, LANES, 32, 32, to + half * 32);
+    }
 }
 
 // Panels of a right factor that lies row by row; all of them a pair of rows at a time, as memory likes it. `size`
@@ -120,9 +135,9 @@ static void pack_pairs(const Product& p, const Panel* panels, int64_t count, int
       _mm_prefetch(reinterpret_cast<const char*>(below + AHEAD * p.right.stride), _MM_HINT_T0);
       const __m512i a = _mm512_maskz_loadu_epi16(columns_of(panels[i]), from);
       const __m512i b = _mm512_maskz_loadu_epi16(columns_of(panels[i]), below);
-      bfloat16* target = to + i * size + k * PANEL;
+      bfloat16* target = to + i * size + k / 32 * 32 * PANEL + k % 32 * LANES;
       _mm512_storeu_si512(target, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(low_half), b));
-      _mm512_storeu_si512(target + PANEL, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(high_half), b));
+      _mm512_storeu_si512(target + 32 * LANES, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(high_half), b));
     }
   }
 }
@@ -182,19 +197,18 @@ static void copy_low_rank(const Product& p, const LoraTerm& term, int64_t row, i
 static PanelStep low_rank_step(const LoraTerm& term, const Panel& panel, const bfloat16* u) {
   const int64_t rank = term.padded_rank, offset = panel.column - term.out_column, strip = offset / LORA_STRIP * LORA_STRIP;
   const bfloat16* up = static_cast<const bfloat16*>(term.up_transposed) + strip * rank + 2 * (offset - strip);
-  return {rank, rank, padded_to(smaller(LORA_STRIP, term.out_width - strip), 32), u, up};
+  const int64_t columns = padded_to(smaller(LORA_STRIP, term.out_width - strip), 32);
+  return {rank, {u, 2 * rank, 16 * rank, 32}, {up, 4 * columns, 32, 32 * columns}};
 }
 
-PEFTDYNO_INLINE int64_t rows_read(int64_t rows) {
-  return rows > 16 ? 32 : 16;
-}
-
-// Rows of the last block, where reading it whole would reach beyond the matrix.
-static void copy_last(const Product& p, int64_t row, int64_t first, int64_t depth, bfloat16* copy) {
-  const int64_t rows = p.rows - row;
-  for (int64_t r = 0; r < rows_read(rows); ++r)
-    copy_row(row_of<bfloat16>(p.left, row + smaller(r, rows - 1)) + first, r < rows ? depth : 0, depth, nullptr,
-             copy + r * depth);
+// A block of rows of the left factor in packed tiles; rows beyond the last are zero.
+static void pack_left(const Product& p, int64_t row, int64_t first, int64_t depth, bfloat16* to) {
+  for (int64_t r = 0; r < PRODUCT_ROWS; ++r) {
+    const bfloat16* from = row + r < p.rows ? row_of<bfloat16>(p.left, row + r) + first : nullptr;
+    for (int64_t k = 0; k < depth; k += 32)
+      _mm512_storeu_si512(to + k * PRODUCT_ROWS + r * 32,
+                          from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from + k));
+  }
 }
 
 // Some panels at one block of the depth, and the rows of one run that pass by them.
@@ -207,17 +221,24 @@ struct Passage {
   int64_t packed_size, sums_size;
 };
 
+// A block's rows as they lie, or packed where a block as it lies would reach beyond the matrix.
+static Tiles left_tiles(const Product& p, const Passage& s, int64_t row, int64_t rows, bfloat16* copy) {
+  const int64_t stride = p.left.stride;
+  if (row + (rows > 16 ? 32 : 16) <= p.rows) return {row_of<bfloat16>(p.left, row) + s.first, 2 * stride, 16 * stride, 32};
+  pack_left(p, row, s.first, s.depth, copy);
+  return packed_tiles(copy);
+}
+
 // A block of rows, which stay in the first-level cache, times every panel.
 static void block_row(const Product& p, const Passage& s, int64_t row, float* sums, const ProductScratch& scratch,
                       Ahead& ahead) {
   const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row);
-  const bool beyond = row + rows_read(rows) > p.rows;
-  const bfloat16* left = beyond ? scratch.left : row_of<bfloat16>(p.left, row) + s.first;
+  const Tiles left = left_tiles(p, s, row, rows, scratch.left);
   int64_t module = -1;
   for (int64_t i = 0; i < s.num_panels; ++i) {
     const Panel& panel = s.panels[i];
     float* c = sums + i * s.sums_size;
-    const PanelStep base{s.depth, beyond ? s.depth : p.left.stride, PANEL, left, s.packed + i * s.packed_size};
+    const PanelStep base{s.depth, left, packed_tiles(s.packed + i * s.packed_size)};
     PanelStep low{};
     if (s.last && panel.module >= 0) {
       const LoraTerm& term = p.lora->terms[panel.module * p.lora->num_runs + s.run];
@@ -268,8 +289,6 @@ static Ahead ahead_of(const Product& p, const Passage& s, const Unit& next) {
 
 // One block of the depth.
 static void pass(const Product& p, const Passage& s, const Unit& next, const ProductScratch& scratch) {
-  const int64_t last = s.row_begin + (s.row_end - s.row_begin - 1) / PRODUCT_ROWS * PRODUCT_ROWS;
-  if (last + rows_read(s.row_end - last) > p.rows) copy_last(p, last, s.first, s.depth, scratch.left);
   Ahead ahead = ahead_of(p, s, next);
   for (int64_t row = s.row_begin; row < s.row_end; row += PRODUCT_ROWS)
     block_row(p, s, row, scratch.sums + (p.depth_block < p.depth ? (row - s.row_begin) * PANEL : 0), scratch, ahead);
