@@ -19,13 +19,13 @@ from peftdyno.kernels.attention import AttentionLayout, AttentionShape
 
 
 class KVCache:
-    """Keys and values [layers, 2, T, K, d], the rows that the tokens now running write, and what they may see."""
+    """Keys and values [layers, T, 2, K, d], the rows that the tokens now running write, and what they may see."""
 
     def __init__(self, config: DecoderConfig, pack: Pack, room: int, dtype: torch.dtype, device: torch.device) -> None:
         self.room = room
         self.num_prompt_rows = pack.num_tokens
         rows = pack.num_tokens + len(pack.leaves) * room + 1
-        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, rows, 2, config.num_key_value_heads, config.head_dim)
         self.storage = torch.empty(shape, dtype=dtype, device=device)
         self._paths = [[key_range(pack.segments[j], rows) for j in path(pack.segments, leaf)] for leaf in pack.leaves]
         self.write = torch.arange(pack.num_tokens, device=device)
@@ -40,7 +40,7 @@ class KVCache:
     @property
     def spare_row(self) -> int:
         """The row that is nobody's."""
-        return self.storage.shape[2] - 1
+        return self.storage.shape[1] - 1
 
     def tables(
         self, sequences: Sequence[int], lengths: Sequence[int]
@@ -75,14 +75,14 @@ class KVCache:
     ) -> Tensor:
         """Turn the rows, store their keys and values, and attend over the cache: [N, H d]."""
         rotary.ROTARY(qkv, cos, sin, shape.num_heads + shape.num_key_value_heads, False)
-        q, k, v = shape.split(qkv)
-        keys, values = self.storage[layer]
-        keys.index_copy_(0, self.write, k)
-        values.index_copy_(0, self.write, v)
+        heads, stored = shape.num_heads, self.storage[layer]
+        rows = qkv.view(len(qkv), heads + 2 * shape.num_key_value_heads, shape.head_dim)
+        stored.flatten(1, 2).index_copy_(0, self.write, rows[:, heads:])  # keys and values of a row in one go
+        keys, values = stored.unbind(1)
         prefix_k, prefix_v = prefix if prefix is not None else (None, None)
         layout = self.layout
         out, _ = attention.FORWARD(
-            q, keys, values, prefix_k, prefix_v, layout.segments, layout.chain, *shape.score_options(), 0
+            rows[:, :heads], keys, values, prefix_k, prefix_v, layout.segments, layout.chain, *shape.score_options(), 0
         )
         result: Tensor = out
         return result

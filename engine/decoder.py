@@ -24,6 +24,7 @@ from peftdyno.engine.pack import Pack
 from peftdyno.engine.weights import DecoderWeights, LayerWeights
 from peftdyno.kernels.adapted_linear import TokenRuns, adapted_linear
 from peftdyno.kernels.attention import AttentionShape, rotary_attention, rotated
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.glu import glu
 from peftdyno.kernels.head_norm import head_norm
 from peftdyno.kernels.label_loss import label_loss
@@ -391,5 +392,5 @@ def _enter_layer(scope: Scope, i: int, residual: Tensor, delta: Tensor | None) -
     scope.layer = i
     if not watched() or not (residual.requires_grad or (delta is not None and delta.requires_grad)):
         return residual, delta
-    result: tuple[Tensor, Tensor | None] = _EnterLayer.apply(residual, delta, scope, i)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor | None] = apply(_EnterLayer, residual, delta, scope, i)
     return result

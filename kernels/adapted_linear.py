@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import bank_affine, linear, lora_linear, lora_terms, nf4_linear
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.nf4 import Nf4Weight, Weight, dense
 
 
@@ -166,5 +167,5 @@ def adapted_linear(
         *(shift.values for shift in edits.shifts),
     ]
     plan = _Plan(edits, runs, x_spare, border if isinstance(weight, Tensor) else 0, spare, u)
-    y: Tensor = _AdaptedLinear.apply(x, weight, bias, plan, *parameters)  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_AdaptedLinear, x, weight, bias, plan, *parameters)
     return y

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import cpu, rotary, triton
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 
 SOFTMAX_FLOPS = 5
@@ -295,5 +296,5 @@ def rotary_attention(
     """
     prefix_k, prefix_v = prefix if prefix is not None else (None, None)
     options = (cos, sin, layout, shape, spare, grad_spare)
-    out: Tensor = _Attention.apply(qkv, prefix_k, prefix_v, options)  # type: ignore[no-untyped-call]
+    out: Tensor = apply(_Attention, qkv, prefix_k, prefix_v, options)
     return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import cpu, triton
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 from peftdyno.kernels.rms_norm import rows_of_runs
 
@@ -139,5 +140,5 @@ def glu(
     grad_spare: int = 0,
 ) -> Tensor:
     """Gated activation; `spare` columns stay free beside each output row, `grad_spare` beside each gradient row."""
-    y: Tensor = _GLU.apply(gate_up, scale, (activation, list(run_offsets), spare, grad_spare))  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_GLU, gate_up, scale, (activation, list(run_offsets), spare, grad_spare))
     return y

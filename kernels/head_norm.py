@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import rms_norm
+from peftdyno.kernels.autograd import apply
 
 
 def _head_rows(x: Tensor, first: int, last: int, d: int) -> Tensor:
@@ -75,5 +76,5 @@ def head_norm(
     offset: float = 0.0,
 ) -> Tensor:
     """Normed copy of the rows; `heads` is (query heads, key heads)."""
-    out: Tensor = _HeadNorm.apply(qkv, q_weight, k_weight, heads, eps, offset)  # type: ignore[no-untyped-call]
+    out: Tensor = apply(_HeadNorm, qkv, q_weight, k_weight, heads, eps, offset)
     return out

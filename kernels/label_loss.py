@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import cpu, triton
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes
 
 CHUNK_ROWS = 256
@@ -96,5 +97,5 @@ class _LabelLoss(torch.autograd.Function):
 
 def label_loss(x: Tensor, head: Tensor, targets: Tensor, *, softcap: float | None = None) -> Tensor:
     """Cross-entropy of each label, [L] in fp32, against a frozen head; logits never exist as a whole."""
-    loss: Tensor = _LabelLoss.apply(x, head, targets, softcap or 0.0)  # type: ignore[no-untyped-call]
+    loss: Tensor = apply(_LabelLoss, x, head, targets, softcap or 0.0)
     return loss

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import cpu, nf4_linear, triton
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 from peftdyno.kernels.nf4 import Nf4Weight, Weight, dense
 
@@ -90,5 +91,5 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, spare: int = 0) -> Tensor:
     """Product with a frozen weight; `spare` columns are left free to the right of each output row in memory."""
-    y: Tensor = _Linear.apply(x, weight, bias, spare)  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_Linear, x, weight, bias, spare)
     return y

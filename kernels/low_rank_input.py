@@ -17,6 +17,7 @@ from torch import Tensor
 from peftdyno.kernels import glu as gated
 from peftdyno.kernels import lora_linear, rms_norm, triton, tuning
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.library import Cost, OwnedCost, primitive
 
 MOST_RANKS = 64
@@ -177,11 +178,11 @@ def rms_norm_down(
     x: Tensor, weight: Tensor, down: Down, *, eps: float, offset: float, residual: Tensor | None, spare: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rms_norm` with a frozen weight [D], and u for the product that reads y: (y, h, u)."""
-    y, h, u = _RMSNormDown.apply(x, residual, weight, down, (eps, offset, spare))  # type: ignore[no-untyped-call]
+    y, h, u = apply(_RMSNormDown, x, residual, weight, down, (eps, offset, spare))
     return y, h, u
 
 
 def glu_down(gate_up: Tensor, activation: str, down: Down, *, spare: int, grad_spare: int = 0) -> tuple[Tensor, Tensor]:
     """`glu` without a scale, and u for the product that reads y: (y, u)."""
-    y, u = _GLUDown.apply(gate_up, down, (activation, spare, grad_spare))  # type: ignore[no-untyped-call]
+    y, u = apply(_GLUDown, gate_up, down, (activation, spare, grad_spare))
     return y, u

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import cpu, triton
+from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
 
 
@@ -172,5 +173,5 @@ def rms_norm(
 
     `spare` columns are left free to the right of each row of y in memory, for the product that reads it.
     """
-    y, h = _RMSNorm.apply(x, residual, weight, (list(run_offsets), eps, offset, spare))  # type: ignore[no-untyped-call]
+    y, h = apply(_RMSNorm, x, residual, weight, (list(run_offsets), eps, offset, spare))
     return y, h

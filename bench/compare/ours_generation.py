@@ -11,12 +11,13 @@ from peftdyno.bench.compare.turns import timed
 from peftdyno.engine.adapters.peft_format import bank_from_adapters
 from peftdyno.engine.generate import generate
 from peftdyno.engine.pack import Sequence
-from peftdyno.engine.panels import packed_weights
+from peftdyno.engine.panels import PackWeights, packed_weights
 
 
 @dataclass
 class OurGeneration:
-    """Answers prompts with a trained adapter, `batch` at a time; without `eos_ids` every answer has its full length."""
+    """Answers prompts with a trained adapter, `batch` at a time; without `eos_ids` every answer has its full length.
+    `pack_weights` as in scoring a job (off) or in generating text (auto)."""
 
     model: str
     adapter: str
@@ -25,6 +26,7 @@ class OurGeneration:
     max_new_tokens: int
     eos_ids: list[int]
     unit: Literal["examples", "tokens"]
+    pack_weights: PackWeights = "auto"
 
     def __post_init__(self) -> None:
         self.decoder, family = base(self.model)
@@ -37,7 +39,7 @@ class OurGeneration:
     def tokens(self, max_new_tokens: int) -> list[list[int]]:
         """New tokens of every prompt, the end token left out."""
         found = []
-        with packed_weights(self.decoder):
+        with packed_weights(self.decoder, self.pack_weights):
             for start in range(0, len(self.prompts), self.batch):
                 some = [Sequence(tokens=tuple(p), num_prompt=len(p)) for p in self.prompts[start : start + self.batch]]
                 found += generate(self.decoder, self.bank, some, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids)

@@ -237,9 +237,10 @@ def together(sides: Sides) -> list[Row]:
 
 
 def open_generation(sides: Sides, adapter: str, dtype: str, batches: tuple[int, int], **settings: Any) -> None:
-    """Generation with the same adapter; `batches` are ours and the reference's."""
+    """Generation with the same adapter; `batches` are ours and the reference's, `pack_weights` is ours."""
     settings |= {"model": sides.model, "adapter": adapter}
-    sides.ours.open("ours.generation", **settings, batch=batches[0])
+    packed = settings.pop("pack_weights")
+    sides.ours.open("ours.generation", **settings, batch=batches[0], pack_weights=packed)
     sides.reference.open("transformers.generation", **settings, batch=batches[1], dtype=dtype)
 
 
@@ -293,6 +294,7 @@ def evaluation(sides: Sides) -> list[Row]:
         generation_row(
             sides, name, adapter, (EVALUATION_BATCH, BATCH), 10.0, task.note,
             prompts=task.prompts, max_new_tokens=task.max_new_tokens, eos_ids=list(task.eos_ids), unit="examples",
+            pack_weights="off",
         )
     ]  # fmt: skip
 
@@ -307,5 +309,6 @@ def generation(sides: Sides) -> list[Row]:
         generation_row(
             sides, name, adapter, (LONG_BATCH, LONG_BATCH), 2.0, task.note,
             prompts=task.prompts[:LONG_BATCH], max_new_tokens=tokens, eos_ids=[], unit="tokens",
+            pack_weights="auto",
         )
     ]  # fmt: skip

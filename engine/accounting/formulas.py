@@ -124,7 +124,7 @@ def _table() -> dict[str, Formula]:
         (FILLS, _fill),
         (COPIES, _copy),
         ("index_select embedding gather index", _picked_rows),
-        ("index_copy nonzero _unique2 argmax argsort sort topk index_put scatter", _read_and_write),
+        ("index_copy nonzero _unique2 argmax max argsort sort topk index_put scatter", _read_and_write),
         ("index_copy_ index_put_ scatter_", _written_rows),
         ("index_add index_add_ scatter_add scatter_add_", _added_rows),
         ("sum mean amax amin logsumexp any all", _reduction()),

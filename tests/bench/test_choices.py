@@ -44,13 +44,21 @@ def setting(tiny_model) -> Setting:
 
 
 PRODUCTS = [
-    f"{name}_{site}{state}"
-    for site in SITES
-    for name, states in (("forward", ("_hot", "_rotated")), ("dx", ("_hot", "_rotated")), ("few", ("",)))
-    for state in states
+    *(
+        name
+        for site in SITES
+        for name in (
+            *(f"{direction}_{site}_{rows}" for rows in (8, 16) for direction in ("forward", "dx")),
+            f"few_{site}",
+        )
+    ),
+    "forward_head",
+    "dx_head",
+    "new_library",
+    "new_operator",
 ]
 EXPECTED = {
-    "products": [*PRODUCTS, "dx_head_close", "dx_head_apart"],
+    "products": PRODUCTS,
     "step": ["step"],
     "overhead": ["step"],
     "tokens": ["step", "token", "pack"],

@@ -27,15 +27,16 @@ HEAD_CALLS = 3
 
 
 def products(setting: Setting) -> list[Line]:
-    """Forward and backward with one weight again and again and with a different one each time, then few rows."""
+    """Forward and backward with a different weight each time, few rows, the head, and rows of a new number."""
     sizes = setting.sizes
     rows = sizes.batch * sizes.length
     lines = []
     for site in SITES:
         weights = _weights(setting, site)
-        lines += _step_lines(site, rows, weights, setting.repeats)
+        for count in (sizes.length, rows):
+            lines += _step_lines(site, count, weights, setting.repeats)
         lines.append(_panel_line(site, sizes.few_rows, weights, setting.repeats))
-    return [*lines, *_head_lines(setting, rows)]
+    return [*lines, *_head_lines(setting, rows), *_new_lines(setting)]
 
 
 def _weights(setting: Setting, site: str) -> list[Tensor]:
@@ -45,54 +46,76 @@ def _weights(setting: Setting, site: str) -> list[Tensor]:
 
 
 def _step_lines(site: str, rows: int, weights: Sequence[Tensor], repeats: int) -> list[Line]:
-    """y = x W^T and dx = dy W by library and operator, with the first weight alone and with all of them."""
+    """y = x W^T and dx = dy W by library and operator."""
     out, depth = weights[0].shape
     x, dy = (torch.randn(rows, n).to(torch.bfloat16) for n in (depth, out))
     lines = []
-    for direction, left, library, operator in (
-        ("forward", x, _library_forward, _operator_forward),
-        ("dx", dy, torch.mm, linear.BACKWARD),
+    for direction, left, columns, library, operator in (
+        ("forward", x, out, _library_forward, _operator_forward),
+        ("dx", dy, depth, torch.mm, linear.BACKWARD),
     ):
-        mine = _own(left, out if direction == "forward" else depth)
-        for state, used in (("hot", weights[:1]), ("rotated", weights)):
-            measures = {
-                "library": _measure(library, left, used),
-                "operator": _measure(operator, left, used, later=True),
-            }
-            cells = _rates(measures, len(weights), repeats)
-            what = f"{direction} {rows} x {left.shape[1]} x {out if direction == 'forward' else depth}, {state}; {mine}"
-            lines.append(Line(name=f"{direction}_{site}_{state}", what=what, unit="GFLOP/s", cells=cells, over=OVER))
+        measures = {
+            "library": _measure(library, left, weights),
+            "operator": _measure(operator, left, weights, later=True),
+        }
+        what = f"{direction} {rows} x {left.shape[1]} x {columns}; {_own(left, columns)}"
+        cells = _rates(measures, len(weights), repeats)
+        lines.append(Line(name=f"{direction}_{site}_{rows}", what=what, unit="GFLOP/s", cells=cells, over=OVER))
     return lines
 
 
 def _head_lines(setting: Setting, rows: int) -> list[Line]:
-    """dx of the head, its rows one after the other and some bytes apart: where they are a multiple of a kibibyte long
-    they otherwise fall on the same few lines of the first-level cache."""
+    """Logits, and dx of the head with rows some bytes apart, as the loss lays them: where they are a multiple of a
+    kibibyte long they otherwise fall on the same few lines of the first-level cache."""
     config = setting.config
     head = torch.randn(config.vocab_size, config.hidden_size).to(torch.bfloat16)
+    x = torch.randn(rows, config.hidden_size).to(torch.bfloat16)
+    dy = with_spare(rows, config.vocab_size, CACHE_LINE // head.element_size(), head).normal_()
     lines = []
-    for name, spare in (("close", 0), ("apart", CACHE_LINE // head.element_size())):
-        dy = with_spare(rows, config.vocab_size, spare, head).normal_()
-        measures = {"library": _measure(torch.mm, dy, [head]), "operator": _measure(linear.BACKWARD, dy, [head])}
-        shape = f"{rows} x {config.vocab_size} x {config.hidden_size}"
-        what = f"dx {shape}, rows {name}; {_own(dy, config.hidden_size)}"
+    for direction, left, columns, library, operator in (
+        ("forward", x, config.vocab_size, _library_forward, _operator_forward),
+        ("dx", dy, config.hidden_size, torch.mm, linear.BACKWARD),
+    ):
+        measures = {"library": _measure(library, left, [head]), "operator": _measure(operator, left, [head])}
+        what = f"{direction} {rows} x {left.shape[1]} x {columns}, the head; {_own(left, columns)}"
         cells = _rates(measures, HEAD_CALLS, setting.repeats)
-        lines.append(Line(name=f"dx_head_{name}", what=what, unit="GFLOP/s", cells=cells, over=OVER))
+        lines.append(Line(name=f"{direction}_head", what=what, unit="GFLOP/s", cells=cells, over=OVER))
+    return lines
+
+
+def _new_lines(setting: Setting) -> list[Line]:
+    """A product's first call with a number of rows that has not been seen, and its second."""
+    weight = _weights(setting, "gate_up")[0]
+    out, depth = weight.shape
+    lines = []
+    for name, product in (("library", _library_forward), ("operator", _operator_forward)):
+        measures = [
+            _measure(product, torch.randn(setting.sizes.length + 1 + i, depth).to(torch.bfloat16), [weight])
+            for i in range(setting.repeats)
+        ]
+        calls = ("first call", "second call")
+        cells = {call: tuple(1e3 * measure(0)["seconds"] for measure in measures) for call in calls}
+        what = f"rows of a new number by the {name}, x {depth} x {out}"
+        lines.append(Line(name=f"new_{name}", what=what, unit="ms", cells=cells))
     return lines
 
 
 def _panel_line(site: str, rows: int, weights: Sequence[Tensor], repeats: int) -> Line:
-    """Few rows by the operator with weights as they are and kept as panels."""
+    """Few rows by the library, and by the operator with weights as they are and kept as panels."""
     out, depth = weights[0].shape
     x = torch.randn(rows, depth).to(torch.bfloat16)
-    names = {"name": f"few_{site}", "what": f"forward {rows} x {depth} x {out}, rotated", "unit": "GFLOP/s"}
-    measures = {"operator": _measure(_operator_forward, x, weights)}
+    names = {"name": f"few_{site}", "what": f"forward {rows} x {depth} x {out}", "unit": "GFLOP/s"}
+    measures = {
+        "library": _measure(_library_forward, x, weights),
+        "operator": _measure(_operator_forward, x, weights, later=True),
+    }
     if not panel_bytes(weights[0]):
-        return Line(**names, cells=_rates(measures, len(weights), repeats), note="this processor has no panels")
+        cells = _rates(measures, len(weights), repeats)
+        return Line(**names, cells=cells, over=OVER, note="this processor has no panels")
     with _panels(weights) as kept:
         measures["panels"] = _measure(_operator_forward, x, kept)
         cells = _rates(measures, len(weights), repeats)
-    return Line(**names, cells=cells, over=(("panels", "operator"),))
+    return Line(**names, cells=cells, over=(*OVER, ("panels", "operator")))
 
 
 @contextmanager
