@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftdyno.bench.compare.handover import hand_over
 from peftdyno.bench.compare.memory import resident_peak, storage_bytes, traced_peak
@@ -27,10 +28,18 @@ from peftdyno.engine.train import forward_backward
 
 
 @cache
-def base(model: str) -> tuple[Decoder, Family]:
-    """The frozen model in bf16, loaded once a process."""
+def base(model: str, dtype: str = "bf16") -> tuple[Decoder, Family]:
+    """The frozen model, loaded once a process; fp32 means bf16's values in fp32, as on the other side."""
     config, weights, _, files = load_model(model, DTYPES["bf16"])
+    if dtype == "fp32":
+        weights = replace(_widened(weights), layers=[_widened(layer) for layer in weights.layers])
     return Decoder(config, weights), files.family
+
+
+def _widened(weights: Any) -> Any:
+    """The same with every tensor of its own in fp32."""
+    tensors = {name: value.float() for name, value in vars(weights).items() if isinstance(value, Tensor)}
+    return replace(weights, **tensors)
 
 
 def new_bank(decoder: Decoder, method: str, options: Mapping[str, Any], seeds: Sequence[int]) -> AdapterBank:
@@ -50,10 +59,11 @@ class OurSteps:
     learning_rate: float
     share_prefix: bool = False
     seed: int = 0
+    dtype: str = "bf16"
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
-        self.decoder, self.family = base(self.model)
+        self.decoder, self.family = base(self.model, self.dtype)
         self.bank = new_bank(self.decoder, self.method, self.options, [self.seed])
         self.optimizer = AdamW.create(self.bank)
         cls = method_class(self.method)

@@ -19,9 +19,6 @@ RATE = 5e-5
 FEW_STEPS = 2
 """Compared steps where a step takes long or there are many comparisons; the second follows the first update."""
 WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.0}, "p-tuning": {"dropout": 0.0}}
-ILL_CONDITIONED = ("p-tuning", "prefix-tuning")
-"""Methods at whose random start bf16 moves the gradient's norm by up to a half, on either side and either way: the
-reference's own error then needs more than two samples."""
 METHOD_ROUNDS = 3
 """Rounds of a method's row at most: none of them has a goal, and there are ten."""
 MEMORY_ROUNDS = 3
@@ -158,10 +155,9 @@ def _method_row(sides: Sides, name: str, batch: list[Any]) -> Row:
         sides.tell(f"  {name}: ours alone")
         samples = in_turns({"ours": lambda _: sides.ours.call("measure", steps=steps)}, rounds)
         return Row(**names, against="none: PEFT does not train it", ours=tuple(rates(samples["ours"])))
-    count = CHECK_STEPS if name in ILL_CONDITIONED else FEW_STEPS
-    compared = text_batches(count, 4, 128, sides.classification.train)
+    compared = text_batches(FEW_STEPS, 4, 128, sides.classification.train)
     try:
-        check = sides.check_plain(name, WITHOUT_DROPOUT.get(name, {}), compared, name, count)
+        check = sides.check_plain(name, WITHOUT_DROPOUT.get(name, {}), compared, name, FEW_STEPS)
     except UnequalWork as error:
         return Row(**names, against=PLAIN, ours=(), note=f"FAILED, unequal work: {error}")
     open_steps(sides, f"method-{name}", name, {}, batch)

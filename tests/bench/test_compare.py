@@ -11,7 +11,14 @@ import torch
 
 from peftdyno.bench.compare import __main__ as command
 from peftdyno.bench.compare import equal_work, products, quality
-from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, UnequalWork, check_steps, check_tokens
+from peftdyno.bench.compare.equal_work import (
+    LabelNoise,
+    Trajectory,
+    UnequalWork,
+    check_exact_steps,
+    check_steps,
+    check_tokens,
+)
 from peftdyno.bench.compare.memory import resident_peak, storage_bytes, traced_peak
 from peftdyno.bench.compare.product_section import product_rows
 from peftdyno.bench.compare.record import Results, section_record
@@ -166,6 +173,18 @@ def test_unequal_work_is_refused_with_the_numbers(losses, norms, said):
         check_steps(Trajectory(losses, norms), REFERENCE, EXACT, NOISE)
 
 
+def test_fp32_steps_may_differ_by_a_hundredth():
+    found = check_exact_steps(Trajectory([3.0, 2.91, 2.8], [1.0, 1.1, 1.209]), EXACT)
+    assert found["loss_errors"] == pytest.approx([0.0, 0.01, 0.0]) and found["norm_limits"] == [0.01] * 3
+    for losses, norms, said in (
+        ([3.0, 2.93, 2.8], EXACT.norms, "loss of step 2"),
+        (EXACT.losses, [1.0, 1.1, 1.22], "norm of step 3"),
+        (EXACT.losses, [1.0, float("nan"), 1.2], "norm of step 2"),
+    ):
+        with pytest.raises(UnequalWork, match=f"{said}.*ours.*fp32 3"):
+            check_exact_steps(Trajectory(losses, norms), EXACT)
+
+
 def test_greedy_tokens_may_part_at_near_ties_only():
     exact = [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert check_tokens(exact, exact, exact)["identical"] == 2
@@ -197,6 +216,18 @@ def test_a_step_of_every_method_equals_pefts(model, tmp_path, method):
     pytest.importorskip("peft")
     found = compared(model, tmp_path / "adapter", method)
     assert max(found["norms"]["ours"]) > 0 and found["losses"]["ours"][0] != found["losses"]["ours"][2]
+
+
+@pytest.mark.parametrize("method", command.step_sections.IN_PEFT)
+def test_in_fp32_steps_are_nearly_the_same(model, tmp_path, method):
+    """Of bf16's values on both sides, whatever the file has."""
+    pytest.importorskip("peft")
+    settings = {"model": model, "batches": [rows(4), rows(4, seed=1)], "learning_rate": 2e-4}
+    ours = job_class("ours.steps")(method=method, options=SMALL.get(method, {}), dtype="fp32", **settings)
+    ours.save(str(tmp_path))
+    plain = job_class("plain.steps")(adapter=str(tmp_path), dtype="fp32", **settings)
+    found = check_exact_steps(*(Trajectory(**side.trajectory(3)) for side in (ours, plain)))
+    assert max(found["norm_errors"]) < 1e-3
 
 
 def test_a_perturbed_weight_is_no_equal_work(model, tmp_path):
