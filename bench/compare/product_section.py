@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from peftdyno.bench.compare.rows import text_batch
@@ -9,6 +10,7 @@ from peftdyno.bench.compare.sides import Sides
 from peftdyno.bench.compare.step_sections import DROPOUT, LORA, RATE
 from peftdyno.bench.compare.turns import Row
 
+TIME, IDEAL = "seconds", "ceiling_seconds"
 SHOWN_SHARE = 0.01
 """Operators with less of the step's time than this are not listed."""
 
@@ -26,42 +28,49 @@ def products(sides: Sides) -> list[Row]:
     return rows
 
 
-def product_rows(length: int, profile: dict[str, Any]) -> list[Row]:
+def product_rows(length: int, rounds: list[dict[str, Any]]) -> list[Row]:
     """Share of the step's time and share of the ceiling, in percent."""
-    operators = profile["operators"]
-    with_products = {name: op for name, op in operators.items() if op["product_flops"]}
-    seconds = sum(op["seconds"] for op in with_products.values())
-    ideal = sum(op["ceiling_seconds"] for op in with_products.values())
-    flops = sum(op["product_flops"] for op in with_products.values())
-    step = profile["step_seconds"]
+    totals = [_totals(found["operators"]) for found in rounds]
+    shares = [100 * total["seconds"] / found["step_seconds"] for total, found in zip(totals, rounds, strict=True)]
     what = f"matrix products of our step, 4 x {length}"
+    rate, top = (median(total["product_flops"] / total[of] / 1e9 for total in totals) for of in (TIME, IDEAL))
     return [
-        Row(
-            workload=f"{what}: share of its time",
-            against="-",
-            unit="%",
-            ours=(100 * seconds / step,),
-            goal=60.0,
-            note=_shares(operators, step),
-        ),
+        Row(workload=f"{what}: share of its time", against="-", unit="%", ours=tuple(shares), goal=60.0,
+            note=_shares(rounds)),
         Row(
             workload=f"{what}: rate over the ceiling at the same shapes",
             against="-",
             unit="%",
-            ours=(100 * ideal / seconds,),
+            ours=tuple(100 * total[IDEAL] / total[TIME] for total in totals),
             goal=80.0,
-            note=f"{flops / seconds / 1e9:.0f} of {flops / ideal / 1e9:.0f} GFLOP/s; "
-            + ", ".join(_rate(name, op) for name, op in with_products.items()),
+            note=f"{rate:.0f} of {top:.0f} GFLOP/s; {_rates(rounds)}",
         ),
-    ]
+    ]  # fmt: skip
 
 
-def _shares(operators: dict[str, Any], step: float) -> str:
+def _totals(operators: dict[str, Any]) -> dict[str, float]:
+    """Sums over the operators with products."""
+    counted = [operator for operator in operators.values() if operator["product_flops"]]
+    return {name: sum(operator[name] for operator in counted) for name in (TIME, IDEAL, "product_flops")}
+
+
+def _shares(rounds: list[dict[str, Any]]) -> str:
     """Operators by falling share of the step's time."""
-    ordered = sorted(operators.items(), key=lambda item: -item[1]["seconds"])
-    shown = [f"{name} {100 * op['seconds'] / step:.0f}" for name, op in ordered if op["seconds"] > SHOWN_SHARE * step]
+    shares = {
+        name: median(found["operators"][name][TIME] / found["step_seconds"] for found in rounds)
+        for name in rounds[0]["operators"]
+    }
+    shown = [f"{name} {100 * shares[name]:.0f}" for name in sorted(shares, key=shares.__getitem__, reverse=True)
+             if shares[name] > SHOWN_SHARE]  # fmt: skip
+    step = median(found["step_seconds"] for found in rounds)
     return f"step {1000 * step:.0f} ms; % by operator: {', '.join(shown)}"
 
 
-def _rate(name: str, op: dict[str, Any]) -> str:
-    return f"{name} {100 * op['ceiling_seconds'] / op['seconds']:.0f}%"
+def _rates(rounds: list[dict[str, Any]]) -> str:
+    """Operators with products, each against the ceiling at its shapes."""
+    names = [name for name, operator in rounds[0]["operators"].items() if operator["product_flops"]]
+    rates = {
+        name: median(found["operators"][name][IDEAL] / found["operators"][name][TIME] for found in rounds)
+        for name in names
+    }
+    return ", ".join(f"{name} {100 * rate:.0f}%" for name, rate in rates.items())

@@ -17,7 +17,7 @@ from peftdyno.kernels.library import COSTS
 
 Shape = tuple[int, int, int]
 """Rows M, inner K and columns N of a product [M, K] x [K, N]."""
-CEILING_TRIES = 5
+CEILING_TRIES = 3
 CEILING_SECONDS = 0.02
 """How long one try of a ceiling at least runs, so that the clock's steps do not show."""
 
@@ -102,25 +102,25 @@ def ceiling(shape: Shape, dtype: torch.dtype = torch.bfloat16, clock: Callable[[
 class Products(OurSteps):
     """Our training step with a clock around every operator."""
 
-    def profile(self, steps: int) -> dict[str, Any]:
-        """Median seconds of a plain step, and of each operator within one: seconds, calls, FLOPs of products and the
-        seconds that those would take at the machine's ceiling for the same shapes."""
+    def profile(self, steps: int) -> list[dict[str, Any]]:
+        """Rounds of a plain step, one with a clock around operators, and the ceilings of its products, for the
+        machine's speed changes from one to the next. Of each: seconds of the plain step, and by operator seconds,
+        calls, FLOPs of products and the seconds that those would take at the ceiling for the same shapes."""
         self.take_step()
-        plain = sorted(self.measure(1)["seconds"] for _ in range(steps))[steps // 2]
-        clocks = [self._clocked() for _ in range(steps)]
-        ceilings = {shape: ceiling(shape) for shape in clocks[0].shapes()}
-        names = clocks[0].operators.keys()
-        operators = {}
-        for name in names:
-            seconds = sorted(clock.operators[name].seconds for clock in clocks)[steps // 2]
-            operator = clocks[0].operators[name]
-            ideal = sum(flops / ceilings[shape] for shape, flops in operator.shapes.items())
-            operators[name] = {
-                "seconds": seconds,
+        return [self._round() for _ in range(steps)]
+
+    def _round(self) -> dict[str, Any]:
+        plain, clock = self.measure(1)["seconds"], self._clocked()
+        ceilings = {shape: ceiling(shape) for shape in clock.shapes()}
+        operators = {
+            name: {
+                "seconds": operator.seconds,
                 "calls": operator.calls,
                 "product_flops": operator.product_flops,
-                "ceiling_seconds": ideal,
+                "ceiling_seconds": sum(flops / ceilings[shape] for shape, flops in operator.shapes.items()),
             }
+            for name, operator in clock.operators.items()
+        }
         return {"step_seconds": plain, "operators": operators}
 
     def _clocked(self) -> OperatorClock:
