@@ -9,6 +9,10 @@ from html import escape
 
 WIDTH, LEFT, RIGHT = 510, 110, 50
 BAR, GAP = 22, 10
+LETTER, LINE = 7, 13
+"""Width of a letter of a name, and height of a line, about."""
+PLACES = (-7, 17, 31, 45)
+"""How far below its point a name may stand, the first that is free."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,22 @@ def points(items: Sequence[Point], x_label: str, y_label: str, *, logarithmic: b
             _text(LEFT - 8, y + 4, f"{tick:g}", "end"),
         ]
     parts.append(_text(14, top, y_label, "start"))
+    taken: list[tuple[float, float, float]] = []
     for item, x in zip(items, xs, strict=True):
         cx, cy = LEFT + (x - x_low) * across, height - bottom - (item.y - y_low) * up
         parts.append(f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="5"/>')
         side = -9 if cx > WIDTH - RIGHT - 90 else 9
-        parts.append(_text(cx + side, cy - 7, item.name, "end" if side < 0 else "start"))
+        long = LETTER * len(item.name)
+        start = cx + side - (long if side < 0 else 0)
+        down = next((d for d in PLACES if _is_free(start, start + long, cy + d, taken)), PLACES[0])
+        taken.append((start, start + long, cy + down))
+        parts.append(_text(cx + side, cy + down, item.name, "end" if side < 0 else "start"))
     return _svg(height, parts, f"{y_label} by {x_label}")
+
+
+def _is_free(start: float, end: float, y: float, taken: Sequence[tuple[float, float, float]]) -> bool:
+    """Whether a name from `start` to `end` at height y keeps clear of those that are there."""
+    return all(end < a or start > b or abs(y - at) >= LINE for a, b, at in taken)
 
 
 def _axis_x(

@@ -256,3 +256,7 @@ def test_plots_stay_inside_and_keep_order() -> None:
     ys = [float(part.split('"')[0]) for part in spread.split('cy="')[1:]]
     assert 0 < xs[0] < xs[1] < 510 and 0 < ys[1] < ys[0] < 320
     assert points([Point("a", 5.0, 5.0)], "x", "y")
+    close = points([Point("first-name", 1.0, 5.0), Point("second", 1.1, 5.0), Point("far", 9.0, 1.0)], "x", "y")
+    heights = [float(part.rsplit(' y="', 1)[1].split('"')[0]) for part in close.split(">first-name<")[0:1]]
+    heights += [float(part.rsplit(' y="', 1)[1].split('"')[0]) for part in close.split(">second<")[0:1]]
+    assert abs(heights[0] - heights[1]) >= 13, "names of close points stand below each other"
