@@ -75,14 +75,14 @@ class KVCache:
     ) -> Tensor:
         """Turn the rows, store their keys and values, and attend over the cache: [N, H d]."""
         rotary.ROTARY(qkv, cos, sin, shape.num_heads + shape.num_key_value_heads, False)
-        heads, stored = shape.num_heads, self.storage[layer]
-        rows = qkv.view(len(qkv), heads + 2 * shape.num_key_value_heads, shape.head_dim)
-        stored.flatten(1, 2).index_copy_(0, self.write, rows[:, heads:])  # keys and values of a row in one go
+        stored = self.storage[layer]
+        q, fresh = shape.heads(qkv).split((shape.num_heads, 2 * shape.num_key_value_heads), 1)
+        stored.flatten(1, 2).index_copy_(0, self.write, fresh)  # keys and values of a row in one go
         keys, values = stored.unbind(1)
         prefix_k, prefix_v = prefix if prefix is not None else (None, None)
         layout = self.layout
         out, _ = attention.FORWARD(
-            rows[:, :heads], keys, values, prefix_k, prefix_v, layout.segments, layout.chain, *shape.score_options(), 0
+            q, keys, values, prefix_k, prefix_v, layout.segments, layout.chain, *shape.score_options(), 0
         )
         result: Tensor = out
         return result

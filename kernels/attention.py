@@ -226,10 +226,14 @@ class AttentionShape:
     window: int | None = None
     softcap: float | None = None
 
+    def heads(self, qkv: Tensor) -> Tensor:
+        """View of fused rows as the heads of queries, keys and values: [N, H + 2 K, d]."""
+        return qkv.view(len(qkv), self.num_heads + 2 * self.num_key_value_heads, self.head_dim)
+
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of fused rows as heads: q [N, H, d], k and v [N, K, d]."""
-        q, k, d = self.num_heads, self.num_key_value_heads, self.head_dim
-        queries, keys, values = qkv.view(len(qkv), q + 2 * k, d).split((q, k, k), 1)
+        k = self.num_key_value_heads
+        queries, keys, values = self.heads(qkv).split((self.num_heads, k, k), 1)
         return queries, keys, values
 
     def score_options(self) -> tuple[float, int, float]:

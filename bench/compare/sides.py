@@ -21,7 +21,7 @@ CHECK_RATE = 2e-4
 CHECK_RATES = {"p-tuning": 1e-5}
 """Where that rate throws the loss up: through the recurrent encoder one step moves every virtual token far."""
 ILL_CONDITIONED = ("p-tuning", "prefix-tuning")
-"""Methods at whose random start the gradient in bf16 is further from fp32's than fp32's is long, on either side."""
+"""Methods at whose random start bf16's own error hides whether the sides' gradients agree."""
 
 
 def tell(text: str) -> None:

@@ -12,6 +12,10 @@ inline int64_t padded_to(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
+inline int64_t ratio_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -144,7 +148,7 @@ struct Kernels {
   void (*label_loss)(const LabelLoss&, int64_t begin, int64_t end);
   void (*nf4_dequantise)(const Nf4Dequantise&, int64_t begin, int64_t end);  // of blocks
   int64_t (*operand_bytes)(bool bf16);  // of one element of an operand of the block products
-  void (*product)(const Product&, int64_t* next_unit, void* scratch);  // null where the library's products are faster
+  void (*product)(const Product&, int64_t* next_unit, void* scratch);  // null where there are no tiles
   void (*pack_product)(const Product&, int64_t begin, int64_t end, void* to);
   void (*lora_pack)(const Lora&, const LoraTerm&, bool up, void* scratch);  // of A, or with `up` of B
   void (*lora_forward)(const Lora&, int64_t begin, int64_t end, void* scratch);

@@ -5,7 +5,7 @@
 namespace peftdyno {
 namespace {
 
-// Products with a large head are faster at 512 rows than at 256, and little faster beyond.
+// The head is read and packed once for so many rows.
 constexpr int64_t CHUNK_ROWS = 512;
 
 }  // namespace

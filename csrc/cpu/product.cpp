@@ -17,10 +17,6 @@ constexpr int64_t GROUP_BYTES = 320 << 10;  // of panels packed together
 constexpr int64_t MANY_ROWS = 1024, FEW_ROWS = 256;  // of a left factor that stays in cache, whole and in parts
 constexpr int64_t SMALL_GROUP = 3, LARGE_GROUP = 8;  // panels at least; the second where rows come from memory anew
 
-int64_t ratio_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Units of work, several a thread, so that one that its processor slows down can take fewer.
 struct Blocks {
   int64_t depth, rows, group, row_shares = 1, threads;
@@ -88,7 +84,7 @@ bool own_product(bool bf16, int64_t rows, int64_t depth) {
 }
 
 int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank) {
-  const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
+  const Blocks blocks(rows, depth, ratio_up(columns, PANEL));
   return blocks.threads * blocks.bytes(depth, rank, false);
 }
 
@@ -117,7 +113,7 @@ void product(const Tensor& left, const Tensor& right, Tensor& out, const Product
   for (const Panel& panel : panels)
     if (panel.column % PANEL != 0) packed = nullptr;  // modules cut the panels elsewhere
   const int64_t count = static_cast<int64_t>(panels.size()), rank = options.lora == nullptr ? 0 : options.lora->largest_rank;
-  const Blocks blocks(rows, depth, (columns + PANEL - 1) / PANEL);
+  const Blocks blocks(rows, depth, ratio_up(columns, PANEL));
   const int64_t whole[2] = {0, rows};
   const Product p{rows, depth, rows_of(left), rows_of(right), rows_of(out), options.transposed, options.accumulate,
                   options.bias == nullptr ? nullptr : options.bias->data_ptr(),

@@ -264,7 +264,7 @@ struct Unit {
 static Unit unit_of(const Product& p, int64_t unit) {
   if (unit >= p.num_units()) return {};
   const int64_t share = unit / p.groups(), first = unit % p.groups() * p.group;
-  const int64_t blocks = (p.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+  const int64_t blocks = ratio_up(p.rows, PRODUCT_ROWS);
   return {blocks * share / p.row_shares * PRODUCT_ROWS,
           smaller(p.rows, blocks * (share + 1) / p.row_shares * PRODUCT_ROWS), p.panels + first,
           smaller(p.group, p.num_panels - first)};
@@ -281,9 +281,9 @@ static Ahead ahead_of(const Product& p, const Passage& s, const Unit& next) {
       p.transposed ? row_of<bfloat16>(p.right, column) + first : row_of<bfloat16>(p.right, first) + column;
   Ahead ahead{reinterpret_cast<const char*>(start), p.transposed ? width : depth, 2 * (p.transposed ? depth : width),
               2 * p.right.stride, 0, 0};
-  const int64_t lines = ahead.num_rows * ((ahead.width + 63) / 64);
-  const int64_t blocks = s.num_panels * ((s.row_end - s.row_begin + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
-  ahead.per_step = (lines + blocks * (s.depth / 32) - 1) / (blocks * (s.depth / 32));
+  const int64_t lines = ahead.num_rows * ratio_up(ahead.width, 64);
+  const int64_t blocks = s.num_panels * ratio_up(s.row_end - s.row_begin, PRODUCT_ROWS);
+  ahead.per_step = ratio_up(lines, blocks * (s.depth / 32));
   return ahead;
 }
 

@@ -35,7 +35,7 @@ struct Product {
   const int64_t* run_offsets;
   int64_t num_runs;
 
-  int64_t groups() const { return (num_panels + group - 1) / group; }
+  int64_t groups() const { return ratio_up(num_panels, group); }
   int64_t num_units() const { return row_shares * groups(); }
 };
 
