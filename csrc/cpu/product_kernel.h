@@ -274,13 +274,19 @@ static Unit unit_of(const Product& p, int64_t unit) {
 static Ahead ahead_of(const Product& p, const Passage& s, const Unit& next) {
   const Panel* from = s.last ? next.panels : s.panels;
   const int64_t count = s.last ? next.num_panels : s.num_panels;
-  if (p.packed != nullptr || count == 0) return {};
+  if (count == 0) return {};
   const int64_t first = s.last ? 0 : s.first + s.depth, depth = smaller(p.depth_block, p.depth - first);
-  const int64_t column = from->column, width = from[count - 1].column + from[count - 1].width - column;
-  const bfloat16* start =
-      p.transposed ? row_of<bfloat16>(p.right, column) + first : row_of<bfloat16>(p.right, first) + column;
-  Ahead ahead{reinterpret_cast<const char*>(start), p.transposed ? width : depth, 2 * (p.transposed ? depth : width),
-              2 * p.right.stride, 0, 0};
+  Ahead ahead{};
+  if (p.packed != nullptr) {
+    const bfloat16* start = static_cast<const bfloat16*>(p.packed) + from->column * p.depth + first * PANEL;
+    ahead = {reinterpret_cast<const char*>(start), count, 2 * PANEL * depth, 2 * PANEL * p.depth, 0, 0};
+  } else {
+    const int64_t column = from->column, width = from[count - 1].column + from[count - 1].width - column;
+    const bfloat16* start =
+        p.transposed ? row_of<bfloat16>(p.right, column) + first : row_of<bfloat16>(p.right, first) + column;
+    ahead = {reinterpret_cast<const char*>(start), p.transposed ? width : depth, 2 * (p.transposed ? depth : width),
+             2 * p.right.stride, 0, 0};
+  }
   const int64_t lines = ahead.num_rows * ratio_up(ahead.width, 64);
   const int64_t blocks = s.num_panels * ratio_up(s.row_end - s.row_begin, PRODUCT_ROWS);
   ahead.per_step = ratio_up(lines, blocks * (s.depth / 32));
