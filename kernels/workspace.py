@@ -36,13 +36,12 @@ def label_loss_rows() -> int:
     return rows
 
 
-def own_product(left: Tensor, columns: int, *, rank: int = 0) -> int | None:
+def own_product(left: Tensor, columns: int) -> int | None:
     """Bytes that a large product of the compiled kernels holds; None where the matrix library multiplies.
 
-    left: [rows, depth]; `rank` is the largest of the low-rank terms that join. Of weights that are not kept as panels,
-    as in training.
+    left: [rows, depth]. Of weights that are not kept as panels, as in training.
     """
-    shape = left.shape[0], left.shape[1], columns, rank, left.dtype == torch.bfloat16
+    shape = left.shape[0], left.shape[1], columns, left.dtype == torch.bfloat16
     held: int = torch.ops.peftdyno_cpu.product_workspace(*shape)
     return None if held < 0 else held
 
@@ -79,21 +78,16 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: An
 
 def _lora(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any) -> Workspace:
     _, rows, runs, *_ = rest
-    ranks, bf16 = _ranks(a), x.dtype == torch.bfloat16
-    during, otherwise = torch.ops.peftdyno_cpu.lora_workspace(x.shape[1], ranks, rows, runs, bf16)
-    own = own_product(x, weight.shape[0], rank=max(ranks))
-    return Workspace(otherwise=otherwise if own is None else max(otherwise, during + own))
+    terms = weight.shape[0], x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16
+    return Workspace(otherwise=torch.ops.peftdyno_cpu.lora_workspace(*terms))
 
 
 def _lora_backward(
     dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
 ) -> Workspace:
-    _, rows, runs, *_, need_x = rest
-    terms = x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16, need_x
-    during, otherwise = torch.ops.peftdyno_cpu.lora_backward_workspace(*terms)
-    own = own_product(dy, weight.shape[1]) if need_x else None
-    factors = row_bytes(*a, *b)  # their gradients are the last that is made
-    return Workspace(during - factors, max(otherwise - factors, during, during + (own or 0) - factors))
+    _, rows, runs, dropout, *_, need_x = rest
+    terms = weight.shape[0], x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16, dropout > 0, need_x
+    return Workspace(otherwise=torch.ops.peftdyno_cpu.lora_backward_workspace(*terms))
 
 
 def _ranks(a: Sequence[Tensor]) -> list[int]:

@@ -47,12 +47,12 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
         " -> (Tensor, Tensor, Tensor)");
   m.def("attention_workspace(Tensor segments, Tensor chain, int heads, int key_heads, int width, int window, bool bf16,"
         " bool backward) -> int");
-  m.def("product_workspace(int rows, int depth, int columns, int rank, bool bf16) -> int",
+  m.def("product_workspace(int rows, int depth, int columns, bool bf16) -> int",
         &peftdyno::product_workspace);
-  m.def("lora_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16) -> (int, int)",
+  m.def("lora_workspace(int out, int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16) -> int",
         &peftdyno::lora_workspace);
-  m.def("lora_backward_workspace(int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16, bool need_x)"
-        " -> (int, int)",
+  m.def("lora_backward_workspace(int out, int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16,"
+        " bool dropped, bool need_x) -> int",
         &peftdyno::lora_backward_workspace);
   m.def("keep_packed(Tensor weight) -> int", &peftdyno::keep_packed);
   m.def("forget_packed(Tensor weight) -> ()", &peftdyno::forget_packed);

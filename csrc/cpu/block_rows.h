@@ -6,28 +6,24 @@
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
-PEFTDYNO_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-// The first `width` elements of a row, then zeros up to `padded`; where masks are given, what they let pass.
-PEFTDYNO_INLINE void copy_row(const bfloat16* from, int64_t width, int64_t padded, const uint16_t* masks, bfloat16* to) {
+// The first `width` elements of a row, then zeros up to `padded`; where a mask is given, what it lets pass.
+PEFTDYNO_INLINE void copy_row(const bfloat16* from, int64_t width, int64_t padded, const uint32_t* mask, bfloat16* to) {
   for (int64_t i = 0; i < padded; i += LANES) {
     VecH v = {};
     if (i + LANES <= width)
       __builtin_memcpy(&v, from + i, sizeof v);
     else
       for (int64_t j = 0; j < width - i; ++j) v[j] = from[i + j].bits;
-    if (masks != nullptr) v &= load_mask(masks + i);
+    if (mask != nullptr) v = masked(v, mask_bits(mask, i));
     __builtin_memcpy(to + i, &v, sizeof v);
   }
 }
 
 template <class T>
-PEFTDYNO_INLINE void copy_row(const T* from, int64_t width, int64_t padded, const uint16_t* masks, float* to) {
+PEFTDYNO_INLINE void copy_row(const T* from, int64_t width, int64_t padded, const uint32_t* mask, float* to) {
   for (int64_t i = 0; i < padded; i += LANES) {
     Vec v = i < width ? load_upto(from + i, width - i) : Vec{};
-    if (masks != nullptr) v = masked(v, masks + i);
+    if (mask != nullptr) v = masked(v, mask_bits(mask, i));
     store(to + i, v);
   }
 }

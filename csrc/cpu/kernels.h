@@ -129,7 +129,8 @@ struct Nf4Dequantise {
 struct Lora;
 struct Product;
 struct LoraTerm;
-struct LoraSums;
+struct LoraTask;
+struct LoraStrip;
 struct Attention;
 struct KeyGradients;
 struct KeyGradientRows;
@@ -151,9 +152,9 @@ struct Kernels {
   void (*product)(const Product&, int64_t* next_unit, void* scratch);  // null where there are no tiles
   void (*pack_product)(const Product&, int64_t begin, int64_t end, void* to);
   void (*lora_pack)(const Lora&, const LoraTerm&, bool up, void* scratch);  // of A, or with `up` of B
-  void (*lora_forward)(const Lora&, int64_t begin, int64_t end, void* scratch);
-  void (*lora_backward)(const Lora&, int64_t begin, int64_t end, float* gradients, void* scratch);
-  void (*lora_finish)(const Lora&, const LoraSums&, const LoraTerm&, float* da, float* db);
+  void (*lora_forward)(const Lora&, const LoraTask&, void* scratch);
+  void (*lora_output_gradients)(const Lora&, const LoraTask&, void* scratch);
+  void (*lora_strip)(const Lora&, const LoraStrip&, void* scratch);
   void (*attention_transpose)(const Attention&, int64_t begin, int64_t end, void* scratch);
   void (*attention_forward)(const Attention&, int64_t begin, int64_t end, void* scratch);
   void (*attention_backward)(const Attention&, const KeyGradients&, int64_t begin, int64_t end, void* scratch);

@@ -1,13 +1,11 @@
-// The terms and tasks of one call of lora_linear or its backward pass, and the memory they take.
+// The terms, tasks and strips of one call of lora_linear or its backward pass, and the memory they take.
 #pragma once
 
-#include <algorithm>
+#include <array>
 #include <cmath>
-#include <vector>
 
-#include "lora_plan.h"
 #include "operators.h"
-#include "tensors.h"
+#include "product.h"
 
 namespace peftdyno {
 
@@ -20,12 +18,13 @@ struct LoraShape {
   std::vector<LoraTerm> terms;
   std::vector<LoraTask> tasks;
   std::vector<int64_t> run_offsets;
-  int64_t tokens = 0, u_width = 0, gradient_size = 0, largest_rank = 0;
+  int64_t u_width = 0, largest_rank = 0;
 
   LoraShape(bool bf16, int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef offsets)
-      : run_offsets(offsets.vec()), tokens(offsets.back()) {
+      : run_offsets(offsets.vec()) {
     lora.bf16 = bf16;
     lora.width = width;
+    lora.num_tokens = offsets.back();
     lora.keep_scale = 1.0f;
     lora.num_modules = static_cast<int64_t>(ranks.size());
     lora.num_runs = static_cast<int64_t>(run_offsets.size()) - 1;
@@ -44,26 +43,33 @@ struct LoraShape {
     term.out_column = out_column;
     term.out_width = out_width;
     term.u_column = u_width;
-    term.gradient = gradient_size;
-    gradient_size += padded_to(rank, 16) * (padded_to(lora.width, 32) + padded_to(out_width, 32));
     terms.push_back(term);
   }
 
   // Blocks of the tokens of each run; smaller ones where there would be too few for the threads.
   void add_tasks() {
-    const int64_t threads = at::get_num_threads(), share = padded_to((tokens + threads - 1) / threads, 32);
+    const int64_t share = padded_to(ratio_up(lora.num_tokens, 4 * at::get_num_threads()), 32);
     const int64_t rows = std::max<int64_t>(32, std::min(LORA_ROWS, share));
     for (int64_t j = 0; j < lora.num_runs; ++j)
       for (int64_t row = run_offsets[j]; row < run_offsets[j + 1]; row += rows)
         tasks.push_back({j, row, std::min(rows, run_offsets[j + 1] - row)});
   }
 
-  int64_t threads() const {
-    return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(tasks.size())));
+  std::vector<LoraStrip> strips() const {
+    std::vector<LoraStrip> found;
+    for (int64_t j = 0; j < lora.num_runs; ++j) {
+      for (int64_t column = 0; column < lora.width; column += LORA_STRIP) found.push_back({j, -1, column});
+      for (int64_t m = 0; m < lora.num_modules; ++m)
+        for (int64_t column = 0; column < terms[m * lora.num_runs].out_width; column += LORA_STRIP)
+          found.push_back({j, m, column});
+    }
+    return found;
   }
 
+  int64_t element_bytes() const { return kernels().operand_bytes(lora.bf16); }
+
   int64_t operand_bytes(const LoraTerm& term, int64_t columns) const {
-    return padded_to(padded_to(columns, 32) * term.padded_rank * kernels().operand_bytes(lora.bf16), 64);
+    return padded_to(padded_to(columns, 32) * term.padded_rank * element_bytes(), 64);
   }
 
   int64_t packed_bytes(int operands) const {
@@ -76,36 +82,64 @@ struct LoraShape {
     return total;
   }
 
-  int64_t packing_threads() const {
-    return std::min<int64_t>(at::get_num_threads(), 2 * static_cast<int64_t>(terms.size()));
+  // du [N, padded_rank] of one module; tasks read whole blocks of rows.
+  int64_t du_bytes(const LoraTerm& term) const {
+    return padded_to((lora.num_tokens + LORA_ROWS) * term.padded_rank * element_bytes(), 64);
   }
 
-  // A converted factor and pointers to its rows, for one thread.
-  int64_t packing_bytes() const {
-    int64_t largest = 0;
-    for (const LoraTerm& term : terms) {
-      const int64_t factor = std::max(operand_bytes(term, lora.width), operand_bytes(term, term.out_width));
-      largest = std::max(largest, factor + padded_to(std::max(term.rank, term.out_width) * 8, 64));
+  // A transposed operand of one term's run.
+  int64_t transposed_bytes(int64_t t) const {
+    const int64_t run = t % lora.num_runs, tokens = run_offsets[run + 1] - run_offsets[run];
+    return padded_to(padded_to(terms[t].rank, 16) * padded_to(tokens, 32) * element_bytes(), 64);
+  }
+
+  int64_t mask_bytes() const {
+    return padded_to(ratio_up(lora.width, LORA_STRIP) * lora.num_tokens * STRIP_WORDS * 4, 64);
+  }
+
+  // What the backward pass holds for all threads beside the packed factors.
+  int64_t gradient_bytes(bool masks) const {
+    int64_t total = 0;
+    for (int64_t t = 0; t < static_cast<int64_t>(terms.size()); ++t) {
+      total += 2 * transposed_bytes(t);
+      if (t % lora.num_runs == 0) total += du_bytes(terms[t]) + (masks ? mask_bytes() : 0);
     }
-    return largest + 128;
+    return total;
   }
 
-  // Upper bound of what a task takes from one thread's scratch.
+  // Upper bound of what one thread takes from its scratch for packing, tasks and strips.
   int64_t scratch_bytes() const {
-    const int64_t whole_rows = 16 * padded_to(lora.width, LORA_STRIP) * 4;
-    return padded_to(LORA_ROWS * (4 * largest_rank * 4 + LORA_STRIP * (2 + 4 + 4)) + whole_rows + 16 * 64, 64);
+    int64_t packing = 0, sums = 0;
+    for (const LoraTerm& term : terms)
+      packing = std::max(packing, std::max(operand_bytes(term, lora.width), operand_bytes(term, term.out_width)) +
+                                      8 * term.padded_rank);
+    for (int64_t m = 0; m < lora.num_modules; ++m)
+      sums += 4 * LORA_STRIP * padded_to(terms[m * lora.num_runs].rank, 16);
+    const int64_t task = LORA_ROWS * (4 * (2 * largest_rank + LORA_STRIP + STRIP_WORDS)) + PUT_BYTES;
+    const int64_t strip = LORA_CHUNK * (LORA_STRIP * element_bytes() + 4 * STRIP_WORDS) + PUT_BYTES +
+                          std::max(sums, 2 * 4 * LORA_STRIP * largest_rank);
+    return padded_to(std::max({packing, task, strip}) + 16 * 64, 64);
   }
+
+  // (threads, bytes that each holds), with a product in the same region that wants so many; zeros for none.
+  std::array<int64_t, 2> scratch(int64_t product_threads, int64_t product_bytes) const {
+    return {std::max(threads_for(static_cast<int64_t>(tasks.size())), product_threads),
+            std::max(scratch_bytes(), product_bytes)};
+  }
+
+  static constexpr int64_t PUT_BYTES = 32 * LORA_STRIP * 4;
 };
 
 // The same with its tensors.
 struct LoraCall : LoraShape {
   std::vector<Tensor> factors;
-  Tensor packed, streams;
+  Tensor packed, streams, held;
+  uint8_t* next = nullptr;
 
   LoraCall(const Tensor& x, TensorList a, TensorList b, at::ArrayRef<double> scaling, IntArrayRef rows,
-           IntArrayRef run_offsets, double dropout, const OptionalTensor& token_streams, const OptionalTensor& keys)
-      : LoraShape(is_bf16(x), x.size(1), ranks_of(a), rows, run_offsets) {
-    TORCH_CHECK(tokens == x.size(0), "run_offsets must bound the rows of every run");
+           IntArrayRef offsets, double dropout, const OptionalTensor& token_streams, const OptionalTensor& keys)
+      : LoraShape(is_bf16(x), x.size(1), ranks_of(a), rows, offsets) {
+    TORCH_CHECK(lora.num_tokens == x.size(0), "run_offsets must bound the rows of every run");
     lora.x = rows_of(x);
     set_dropout(dropout, token_streams, keys);
     const Tensor key_table = lora.dropped ? keys->contiguous() : Tensor();
@@ -125,7 +159,7 @@ struct LoraCall : LoraShape {
       factors.push_back(up);
     }
     lora.terms = terms.data();
-    lora.tasks = tasks.data();
+    lora.run_offsets = run_offsets.data();
   }
 
   // Factors whose runs may lie apart, as in a bank.
@@ -142,7 +176,7 @@ struct LoraCall : LoraShape {
 
   void set_dropout(double dropout, const OptionalTensor& token_streams, const OptionalTensor& keys) {
     if (dropout == 0.0) return;
-    TORCH_CHECK(token_streams.has_value() && keys.has_value() && token_streams->size(0) == tokens,
+    TORCH_CHECK(token_streams.has_value() && keys.has_value() && token_streams->size(0) == lora.num_tokens,
                 "dropout needs a stream for each token and the keys");
     const int64_t threshold = std::llrint(dropout * 65536);
     TORCH_CHECK(threshold >= 0 && threshold < 65536, "dropout ", dropout, " is not below 1");
@@ -153,37 +187,57 @@ struct LoraCall : LoraShape {
     lora.streams = streams.data_ptr<int64_t>();
   }
 
-  // Packs the named operands of every term.
-  void pack(int operands, const Tensor& like) {
-    packed = at::empty({packed_bytes(operands)}, like.options().dtype(at::kByte));
-    uint8_t* next = packed.data_ptr<uint8_t>();
-    auto place = [&](int operand, int64_t bytes) -> void* {
-      if (!(operands & operand)) return nullptr;
-      next += bytes;
-      return next - bytes;
-    };
-    for (LoraTerm& term : terms) {
-      term.down = place(DOWN, operand_bytes(term, lora.width));
-      term.down_rows = place(DOWN_ROWS, operand_bytes(term, lora.width));
-      term.up = place(UP, operand_bytes(term, term.out_width));
-      term.up_transposed = place(UP_TRANSPOSED, operand_bytes(term, term.out_width));
-    }
-    const Tensor scratch = at::empty({packing_threads(), packing_bytes()}, like.options().dtype(at::kByte));
-    at::parallel_for(0, 2 * static_cast<int64_t>(terms.size()), 1, [&](int64_t begin, int64_t end) {
-      void* mine = scratch.data_ptr<uint8_t>() + at::get_thread_num() * scratch.size(1);
-      for (int64_t i = begin; i < end; ++i) kernels().lora_pack(lora, terms[i / 2], i % 2 == 1, mine);
-    });
+  void* place(int64_t bytes) {
+    next += bytes;
+    return next - bytes;
   }
 
-  // f(thread, first task, last task, scratch)
-  template <class F>
-  void for_shares(const Tensor& like, const F& f) const {
-    const int64_t shares = threads(), count = static_cast<int64_t>(tasks.size());
-    const Tensor scratch = at::empty({shares, scratch_bytes()}, like.options().dtype(at::kByte));
-    at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        f(t, count * t / shares, count * (t + 1) / shares, scratch.data_ptr<uint8_t>() + t * scratch.size(1));
-    });
+  // Memory for the named operands of every term.
+  void place_operands(int operands, const Tensor& like) {
+    packed = at::empty({packed_bytes(operands)}, like.options().dtype(at::kByte));
+    next = packed.data_ptr<uint8_t>();
+    for (LoraTerm& term : terms) {
+      const int64_t in = operand_bytes(term, lora.width), out = operand_bytes(term, term.out_width);
+      if (operands & DOWN) term.down = place(in);
+      if (operands & DOWN_ROWS) term.down_rows = place(in);
+      if (operands & UP) term.up = place(out);
+      if (operands & UP_TRANSPOSED) term.up_transposed = place(out);
+    }
+  }
+
+  // Memory for what the backward pass makes first.
+  void place_gradients(bool masks, const Tensor& like) {
+    held = at::empty({gradient_bytes(masks)}, like.options().dtype(at::kByte));
+    next = held.data_ptr<uint8_t>();
+    for (int64_t t = 0; t < static_cast<int64_t>(terms.size()); ++t) {
+      LoraTerm &term = terms[t], &first = terms[t / lora.num_runs * lora.num_runs];
+      if (t % lora.num_runs == 0) {
+        term.du = place(du_bytes(term));
+        if (masks) term.masks = static_cast<uint32_t*>(place(mask_bytes()));
+      }
+      term.du = first.du;
+      term.masks = first.masks;
+      term.du_transposed = place(transposed_bytes(t));
+      term.u_transposed = place(transposed_bytes(t));
+    }
+  }
+
+  // s u B^T for the columns of each module.
+  LowRankTerms up_terms() const {
+    LowRankTerms joined{{}, run_offsets, false};
+    for (const LoraTerm& t : terms) {
+      const Rows left{static_cast<char*>(lora.u.data) + t.u_column * (lora.bf16 ? 2 : 4), lora.u.stride};
+      joined.terms.push_back({t.out_column, t.out_width, t.rank, t.padded_rank, left, t.up_transposed, nullptr});
+    }
+    return joined;
+  }
+
+  // mask (du A) for all columns.
+  LowRankTerms down_terms() const {
+    LowRankTerms joined{{}, run_offsets, true};
+    for (const LoraTerm& t : terms)
+      joined.terms.push_back({0, lora.width, t.rank, t.padded_rank, {t.du, t.padded_rank}, t.down_rows, t.masks});
+    return joined;
   }
 };
 

@@ -7,8 +7,10 @@
 
 namespace peftdyno {
 
-constexpr int64_t LORA_ROWS = 64;    // tokens of a task
-constexpr int64_t LORA_STRIP = 128;  // columns of x held at a time; masks are drawn for whole strips
+constexpr int64_t LORA_ROWS = 64;    // tokens of a task at most
+constexpr int64_t LORA_STRIP = 128;  // columns held at a time; masks are drawn for whole strips
+constexpr int64_t LORA_CHUNK = 256;  // tokens whose part of a strip is held at a time
+constexpr int64_t STRIP_WORDS = LORA_STRIP / 32;  // of a token's mask
 
 // One module of one run: its factors as operands of the block products, its columns of dy and of u.
 struct LoraTerm {
@@ -23,13 +25,11 @@ struct LoraTerm {
   void* down_rows;      // A [r, in], strip after strip
   void* up;             // B [out_m, r]
   void* up_transposed;  // B^T [r, out_m], strip after strip
-  int64_t gradient;     // where its sums begin among a thread's: dA [r, in], then dB^T [r, out_m], strip after strip
-};
-
-// Every thread's sums of the gradients, `size` values a thread.
-struct LoraSums {
-  const float* values;
-  int64_t size, num_threads;
+  // The backward pass's: left operands, the transposes [r, tokens] chunk after chunk of the run's tokens.
+  void* du;  // [N, padded_rank]
+  void *du_transposed, *u_transposed;
+  uint32_t* masks;  // [strips of x, N, STRIP_WORDS], for the product that gives dx; null where not wanted
+  float *da, *db;   // [r, in], [out_m, r]
 };
 
 // Some tokens of one run, for every module.
@@ -37,18 +37,33 @@ struct LoraTask {
   int64_t run, row, rows;
 };
 
+// Some columns of the gradients of one run's factors: of every dA, or of one module's dB^T.
+struct LoraStrip {
+  int64_t run, module, column;  // module -1: every dA
+};
+
 struct Lora {
   bool bf16, dropped;
   int64_t width;  // of x
+  int64_t num_tokens;
   uint16_t threshold;  // of 65536
   float keep_scale;    // 1 / (1 - threshold / 65536), or 1
   const int64_t* streams;
   const LoraTerm* terms;  // module after module, the runs of one together
   int64_t num_modules, num_runs;
-  const LoraTask* tasks;
+  const int64_t* run_offsets;
   Rows x, u;
-  Rows y;                        // y += s u B^T where its data is not null
-  Rows dy, dx;                   // dx = mask (du A) where its data is not null
+  Rows y;       // y += s u B^T where its data is not null
+  Rows dy, dx;  // dx = mask (du A) where its data is not null
+};
+
+// A low-rank term of one run in a large product: left right, where the mask lets it, on columns of the result.
+struct LowRankTerm {
+  int64_t column, width;
+  int64_t rank, padded_rank;
+  Rows left;              // [rows, rank] from its first column on
+  const void* right;      // [rank, width], strip after strip
+  const uint32_t* masks;  // [strips, rows, STRIP_WORDS] or null
 };
 
 }  // namespace peftdyno

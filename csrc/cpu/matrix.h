@@ -96,11 +96,11 @@ struct Fp32Engine {
 
   template <class T>
   static void pack_rows(const T* const* rows, int64_t num_rows, int64_t padded_rows, int64_t width,
-                        int64_t padded_width, float* b, const uint16_t* masks = nullptr, int64_t mask_stride = 0) {
+                        int64_t padded_width, float* b, const uint32_t* masks = nullptr, int64_t mask_stride = 0) {
     for (int64_t r = 0; r < padded_rows; ++r)
       for (int64_t i = 0; i < padded_width; i += LANES) {
         Vec v = r < num_rows && i < width ? load_upto(rows[r] + i, width - i) : Vec{};
-        if (masks != nullptr) v = masked(v, masks + r * mask_stride + i);
+        if (masks != nullptr && r < num_rows) v = masked(v, mask_bits(masks + r * mask_stride, i));
         store(b + r * padded_width + i, v);
       }
   }
@@ -219,19 +219,33 @@ struct AmxEngine {
   }
 
   static void pack_rows(const bfloat16* const* rows, int64_t num_rows, int64_t padded_rows, int64_t width,
-                        int64_t padded_width, bfloat16* b, const uint16_t* masks = nullptr, int64_t mask_stride = 0) {
+                        int64_t padded_width, bfloat16* b, const uint32_t* masks = nullptr, int64_t mask_stride = 0) {
     for (int64_t r = 0; r < padded_rows; r += 2)
-      for (int64_t i = 0; i < padded_width; i += LANES) {
-        const bool whole = r + 1 < num_rows && i + LANES <= width;
-        VecH even = whole ? load_bits(rows[r] + i) : bits(rows, r, num_rows, i, width);
-        VecH odd = whole ? load_bits(rows[r + 1] + i) : bits(rows, r + 1, num_rows, i, width);
+      for (int64_t i = 0; i < padded_width; i += 2 * LANES) {
+        const __mmask32 inside = width - i >= 2 * LANES ? ~0u : i < width ? (1u << (width - i)) - 1 : 0u;
+        __mmask32 even = r < num_rows ? inside : 0u, odd = r + 1 < num_rows ? inside : 0u;
         if (masks != nullptr) {
-          even &= load_mask(masks + r * mask_stride + i);
-          odd &= load_mask(masks + (r + 1) * mask_stride + i);
+          even &= mask_bits(masks + smaller(r, num_rows - 1) * mask_stride, i);
+          odd &= mask_bits(masks + smaller(r + 1, num_rows - 1) * mask_stride, i);
         }
-        VecU pairs = extend(even) | (extend(odd) << 16);
-        __builtin_memcpy(b + r * padded_width + 2 * i, &pairs, sizeof pairs);
+        const __m512i upper = _mm512_maskz_loadu_epi16(even, rows[smaller(r, num_rows - 1)] + i);
+        const __m512i lower = _mm512_maskz_loadu_epi16(odd, rows[smaller(r + 1, num_rows - 1)] + i);
+        bfloat16* to = b + r * padded_width + 2 * i;
+        _mm512_storeu_si512(to, interleaved_low(upper, lower));
+        _mm512_storeu_si512(to + 32, interleaved_high(upper, lower));
       }
+  }
+
+  // The 16-bit elements of two registers, one of each in turn: their first halves and their last.
+  PEFTDYNO_INLINE __m512i interleaved_low(__m512i even, __m512i odd) {
+    VecU order;  // 0 32 1 33 ...
+    for (int64_t i = 0; i < LANES; ++i) order[i] = static_cast<uint32_t>(i | (i + 32) << 16);
+    return _mm512_permutex2var_epi16(even, bit_cast<__m512i>(order), odd);
+  }
+  PEFTDYNO_INLINE __m512i interleaved_high(__m512i even, __m512i odd) {
+    VecU order;  // 16 48 17 49 ...
+    for (int64_t i = 0; i < LANES; ++i) order[i] = static_cast<uint32_t>((i + 16) | (i + 48) << 16);
+    return _mm512_permutex2var_epi16(even, bit_cast<__m512i>(order), odd);
   }
 
   static void right(const bfloat16* from, int64_t rows, int64_t width, bfloat16* b) {

@@ -60,17 +60,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
 int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t heads, int64_t key_heads,
                             int64_t width, int64_t window, bool bf16, bool backward);
 // Bytes that a product of ours holds, or -1 where the library multiplies.
-int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool bf16);
+int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, bool bf16);
 // Keeps W as panels for x W^T beside W, which must not change; the bytes that they take.
 int64_t keep_packed(const Tensor& weight);
 void forget_packed(const Tensor& weight);
 // What `keep_packed` would take.
 int64_t packed_bytes(IntArrayRef shape, bool bf16);
-// Bytes held during the large product, and at most outside it.
-std::tuple<int64_t, int64_t> lora_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,
-                                            bool bf16);
-std::tuple<int64_t, int64_t> lora_backward_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows,
-                                                     IntArrayRef run_offsets, bool bf16, bool need_x);
+// Bytes that lora_linear and its backward pass hold at most; nothing while the library multiplies.
+int64_t lora_workspace(int64_t out, int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,
+                       bool bf16);
+int64_t lora_backward_workspace(int64_t out, int64_t width, IntArrayRef ranks, IntArrayRef rows,
+                                IntArrayRef run_offsets, bool bf16, bool dropped, bool need_x);
 int64_t label_loss_chunk();
 int64_t label_loss_stride(int64_t vocabulary, int64_t element_size);
 std::string isa();

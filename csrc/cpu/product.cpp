@@ -40,34 +40,48 @@ struct Blocks {
   }
 
   // Of one thread; the pieces are 64 bytes apart.
-  int64_t bytes(int64_t full_depth, int64_t rank, bool packed) const {
-    const int64_t sums = depth < full_depth ? group * rows * PANEL : PRODUCT_ROWS * PANEL;
+  int64_t bytes(const ProductShape& shape, bool packed) const {
+    const int64_t sums = depth < shape.depth ? group * rows * PANEL : PRODUCT_ROWS * PANEL;
     const int64_t operands = 2 * depth * ((packed ? 0 : group * PANEL) + PRODUCT_ROWS);
-    return padded_to(operands + 4 * sums + 2 * PRODUCT_ROWS * padded_to(rank, 32) + 256, 64);
+    const int64_t low_rank = PRODUCT_ROWS * (4 * PANEL + 2 * shape.num_modules * shape.largest_rank);
+    return padded_to(operands + 4 * sums + low_rank + 320, 64);
   }
 };
 
-void add_panels(int64_t begin, int64_t end, int64_t module, std::vector<Panel>& panels) {
+ProductShape shape_of(const Tensor& left, const Tensor& out, const LowRankTerms* low_rank) {
+  ProductShape shape{left.size(0), left.size(1), out.size(1)};
+  if (low_rank == nullptr) return shape;
+  shape.num_modules = low_rank->num_modules();
+  for (const LowRankTerm& term : low_rank->terms) shape.largest_rank = std::max(shape.largest_rank, term.padded_rank);
+  return shape;
+}
+
+void add_panels(int64_t begin, int64_t end, int64_t first, int64_t last, std::vector<Panel>& panels) {
   for (int64_t column = begin; column < end; column += PANEL)
-    panels.push_back({column, std::min(PANEL, end - column), module});
+    panels.push_back({column, std::min(PANEL, end - column), first, last});
 }
 
 // Panels in the order of columns, cut where an adapted module begins or ends.
-std::vector<Panel> panels_of(int64_t columns, const LoraCall* lora) {
+std::vector<Panel> panels_of(int64_t columns, const LowRankTerms* low_rank) {
+  std::vector<Panel> panels;
+  const int64_t num_modules = low_rank == nullptr ? 0 : low_rank->num_modules();
+  if (num_modules == 0 || low_rank->everywhere) {
+    add_panels(0, columns, 0, num_modules, panels);
+    return panels;
+  }
   std::vector<std::array<int64_t, 3>> modules;
-  for (int64_t m = 0; lora != nullptr && m < lora->lora.num_modules; ++m) {
-    const LoraTerm& term = lora->terms[m * lora->lora.num_runs];
-    modules.push_back({term.out_column, term.out_column + term.out_width, m});
+  for (int64_t m = 0; m < num_modules; ++m) {
+    const LowRankTerm& term = low_rank->terms[m * low_rank->num_runs()];
+    modules.push_back({term.column, term.column + term.width, m});
   }
   std::sort(modules.begin(), modules.end());
-  std::vector<Panel> panels;
   int64_t column = 0;
   for (const auto& [begin, end, module] : modules) {
-    add_panels(column, begin, -1, panels);
-    add_panels(begin, end, module, panels);
+    add_panels(column, begin, 0, 0, panels);
+    add_panels(begin, end, module, module + 1, panels);
     column = end;
   }
-  add_panels(column, columns, -1, panels);
+  add_panels(column, columns, 0, 0, panels);
   return panels;
 }
 
@@ -83,9 +97,9 @@ bool own_product(bool bf16, int64_t rows, int64_t depth) {
   return bf16 && kernels().product != nullptr && rows > 0 && depth % 32 == 0;
 }
 
-int64_t product_bytes(int64_t rows, int64_t depth, int64_t columns, int64_t rank) {
-  const Blocks blocks(rows, depth, ratio_up(columns, PANEL));
-  return blocks.threads * blocks.bytes(depth, rank, false);
+std::tuple<int64_t, int64_t> product_bytes(const ProductShape& shape) {
+  const Blocks blocks(shape.rows, shape.depth, ratio_up(shape.columns, PANEL));
+  return {blocks.threads, blocks.bytes(shape, false)};
 }
 
 Tensor pack_whole(const Tensor& weight) {
@@ -104,29 +118,30 @@ Tensor pack_whole(const Tensor& weight) {
   return packed;
 }
 
-void product(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options) {
-  const int64_t rows = left.size(0), depth = left.size(1), columns = out.size(1);
-  const void* packed = is_bf16(left) && options.transposed ? packed_panels(right) : nullptr;
-  if (!own_product(is_bf16(left), rows, depth)) return by_library(left, right, out, options);
+OwnProduct::OwnProduct(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options)
+    : panels_(panels_of(out.size(1), options.low_rank)), run_offsets_{0, left.size(0)} {
   TORCH_CHECK(left.stride(1) == 1 && right.stride(1) == 1 && out.stride(1) == 1, "rows of a product are contiguous");
-  const std::vector<Panel> panels = panels_of(columns, options.lora);
-  for (const Panel& panel : panels)
+  const ProductShape shape = shape_of(left, out, options.low_rank);
+  const Blocks blocks(shape.rows, shape.depth, ratio_up(shape.columns, PANEL));
+  const void* packed = options.transposed ? packed_panels(right) : nullptr;
+  for (const Panel& panel : panels_)
     if (panel.column % PANEL != 0) packed = nullptr;  // modules cut the panels elsewhere
-  const int64_t count = static_cast<int64_t>(panels.size()), rank = options.lora == nullptr ? 0 : options.lora->largest_rank;
-  const Blocks blocks(rows, depth, ratio_up(columns, PANEL));
-  const int64_t whole[2] = {0, rows};
-  const Product p{rows, depth, rows_of(left), rows_of(right), rows_of(out), options.transposed, options.accumulate,
-                  options.bias == nullptr ? nullptr : options.bias->data_ptr(),
-                  options.lora == nullptr ? nullptr : &options.lora->lora, packed, panels.data(), count, blocks.depth,
-                  blocks.rows, blocks.group, blocks.row_shares,
-                  options.lora == nullptr ? whole : options.lora->run_offsets.data(),
-                  options.lora == nullptr ? 1 : options.lora->lora.num_runs};
-  const Tensor scratch =
-      at::empty({blocks.threads, blocks.bytes(depth, rank, packed != nullptr)}, left.options().dtype(at::kByte));
-  int64_t next_unit = 0;
-  at::parallel_for(0, blocks.threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels().product(p, &next_unit, scratch.data_ptr<uint8_t>() + i * scratch.size(1));
+  if (options.low_rank != nullptr) run_offsets_ = options.low_rank->run_offsets;
+  product_ = {shape.rows, shape.depth, rows_of(left), rows_of(right), rows_of(out), options.transposed,
+              options.accumulate, options.bias == nullptr ? nullptr : options.bias->data_ptr(),
+              options.low_rank == nullptr ? nullptr : options.low_rank->terms.data(), shape.largest_rank, packed,
+              panels_.data(), static_cast<int64_t>(panels_.size()), blocks.depth, blocks.rows, blocks.group,
+              blocks.row_shares, run_offsets_.data(), static_cast<int64_t>(run_offsets_.size()) - 1};
+  threads_ = blocks.threads;
+  scratch_bytes_ = blocks.bytes(shape, packed != nullptr);
+}
+
+void product(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options) {
+  if (!own_product(is_bf16(left), left.size(0), left.size(1))) return by_library(left, right, out, options);
+  OwnProduct own(left, right, out, options);
+  const Tensor scratch = at::empty({own.threads(), own.scratch_bytes()}, left.options().dtype(at::kByte));
+  in_parallel(own.threads(), [&](int64_t thread) {
+    own.work(scratch.data_ptr<uint8_t>() + thread * own.scratch_bytes());
   });
 }
 

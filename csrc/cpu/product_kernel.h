@@ -1,7 +1,8 @@
 // bf16 products in tiles: the rows of the left factor pass by panels of the right one, packed a group at a time.
 //
 // The left factor is read where it lies. With one block of the depth a result leaves the tiles once; with several its
-// sum waits in fp32. Low-rank terms are some more depth to the panels of their module.
+// sum waits in fp32. Low-rank terms are some more depth to the panels of their
+// module; masked ones are products of their own, added where the mask lets them.
 #pragma once
 
 #include "block_rows.h"
@@ -69,9 +70,9 @@ PEFTDYNO_INLINE void panel_steps(const PanelStep& s, Ahead& ahead) {
 
 constexpr int64_t TILE = 256;  // values of a tile of sums; those of a block lie one tile after another
 
-// c (+)= both steps, for 16 ROWS rows.
+// Tiles 0 to 3 of 16 ROWS rows: zero, or what is in c.
 template <int ROWS>
-PEFTDYNO_INLINE void panel_block(const PanelStep& base, const PanelStep& low, float* c, bool add, Ahead& ahead) {
+PEFTDYNO_INLINE void begin_sums(const float* c, bool add) {
   if (add) {
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + TILE, 64);
@@ -83,8 +84,10 @@ PEFTDYNO_INLINE void panel_block(const PanelStep& base, const PanelStep& low, fl
     if (ROWS == 2) _tile_zero(2);
     if (ROWS == 2) _tile_zero(3);
   }
-  panel_steps<ROWS>(base, ahead);
-  panel_steps<ROWS>(low, ahead);
+}
+
+template <int ROWS>
+PEFTDYNO_INLINE void end_sums(float* c) {
   _tile_stored(0, c, 64);
   _tile_stored(1, c + TILE, 64);
   if (ROWS == 2) _tile_stored(2, c + 2 * TILE, 64);
@@ -182,23 +185,65 @@ static void put_panel(const Product& p, const Panel& panel, int64_t row, int64_t
 
 // What a thread works with.
 struct ProductScratch {
-  bfloat16 *panels, *left, *u;
-  float* sums;
+  bfloat16 *panels, *left, *low_rank;  // the last [modules, PRODUCT_ROWS, largest rank]
+  float *sums, *term_sums;             // the last of a masked low-rank term
 };
 
-// u of a block's rows for one module, copied to whole tiles.
-static void copy_low_rank(const Product& p, const LoraTerm& term, int64_t row, int64_t rows, bfloat16* u) {
+// The low-rank terms of one run that reach a panel.
+struct PanelTerms {
+  const LowRankTerm* first;
+  int64_t count, next;  // terms from one module to the next
+  const bfloat16* left;
+  int64_t left_size;
+};
+
+// A block's rows of a term's left factor, copied to whole tiles.
+static void copy_low_rank(const LowRankTerm& term, int64_t row, int64_t rows, bfloat16* to) {
   for (int64_t r = 0; r < PRODUCT_ROWS; ++r)
-    copy_row(row_of<bfloat16>(p.lora->u, row + smaller(r, rows - 1)) + term.u_column, r < rows ? term.rank : 0,
-             term.padded_rank, nullptr, u + r * term.padded_rank);
+    copy_row(row_of<bfloat16>(term.left, row + smaller(r, rows - 1)), r < rows ? term.rank : 0, term.padded_rank, nullptr,
+             to + r * term.padded_rank);
 }
 
-// The low-rank term of a block: u of its rows and s B^T of its columns.
-static PanelStep low_rank_step(const LoraTerm& term, const Panel& panel, const bfloat16* u) {
-  const int64_t rank = term.padded_rank, offset = panel.column - term.out_column, strip = offset / LORA_STRIP * LORA_STRIP;
-  const bfloat16* up = static_cast<const bfloat16*>(term.up_transposed) + strip * rank + 2 * (offset - strip);
-  const int64_t columns = padded_to(smaller(LORA_STRIP, term.out_width - strip), 32);
-  return {rank, {u, 2 * rank, 16 * rank, 32}, {up, 4 * columns, 32, 32 * columns}};
+// A low-rank term's part of a block.
+PEFTDYNO_INLINE PanelStep low_rank_step(const LowRankTerm& term, const Panel& panel, const bfloat16* left) {
+  const int64_t rank = term.padded_rank, offset = panel.column - term.column, strip = offset / LORA_STRIP * LORA_STRIP;
+  const bfloat16* right = static_cast<const bfloat16*>(term.right) + strip * rank + 2 * (offset - strip);
+  const int64_t columns = padded_to(smaller(LORA_STRIP, term.width - strip), 32);
+  return {rank, {left, 2 * rank, 16 * rank, 32}, {right, 4 * columns, 32, 32 * columns}};
+}
+
+// c += the part of a masked term, where the mask lets it.
+template <int ROWS>
+PEFTDYNO_INLINE void add_masked(const Product& p, const LowRankTerm& term, const Panel& panel, const PanelStep& step,
+                                int64_t row, int64_t rows, float* part, float* c, Ahead& ahead) {
+  begin_sums<ROWS>(part, false);
+  panel_steps<ROWS>(step, ahead);
+  end_sums<ROWS>(part);
+  const int64_t offset = panel.column - term.column, strip = offset / LORA_STRIP;
+  const uint32_t* mask = term.masks + (strip * p.rows + row) * STRIP_WORDS + offset % LORA_STRIP / 32;
+  for (int64_t r = 0; r < rows; ++r, mask += STRIP_WORDS) {
+    const int64_t at = r / 16 * 2 * TILE + r % 16 * LANES;
+    store(c + at, load(c + at) + masked(load(part + at), *mask));
+    store(c + at + TILE, load(c + at + TILE) + masked(load(part + at + TILE), *mask >> LANES));
+  }
+}
+
+// c (+)= base and low-rank terms, for `rows` rows, 16 ROWS in tiles.
+template <int ROWS>
+PEFTDYNO_INLINE void panel_block(const Product& p, const Panel& panel, const PanelStep& base, const PanelTerms& terms,
+                                 int64_t row, int64_t rows, float* part, float* c, bool add, Ahead& ahead) {
+  begin_sums<ROWS>(c, add);
+  panel_steps<ROWS>(base, ahead);
+  for (int64_t m = 0; m < terms.count; ++m)
+    if (terms.first[m * terms.next].masks == nullptr)
+      panel_steps<ROWS>(low_rank_step(terms.first[m * terms.next], panel, terms.left + m * terms.left_size), ahead);
+  end_sums<ROWS>(c);
+  for (int64_t m = 0; m < terms.count; ++m) {
+    const LowRankTerm& term = terms.first[m * terms.next];
+    if (term.masks == nullptr) continue;
+    const PanelStep step = low_rank_step(term, panel, terms.left + m * terms.left_size);
+    add_masked<ROWS>(p, term, panel, step, row, rows, part, c, ahead);
+  }
 }
 
 // A block of rows of the left factor in packed tiles; rows beyond the last are zero.
@@ -232,24 +277,25 @@ static Tiles left_tiles(const Product& p, const Passage& s, int64_t row, int64_t
 // A block of rows, which stay in the first-level cache, times every panel.
 static void block_row(const Product& p, const Passage& s, int64_t row, float* sums, const ProductScratch& scratch,
                       Ahead& ahead) {
-  const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row);
+  const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row), left_size = PRODUCT_ROWS * p.largest_rank;
   const Tiles left = left_tiles(p, s, row, rows, scratch.left);
-  int64_t module = -1;
+  int64_t copied = 0;  // one beyond the last module whose left factor is
   for (int64_t i = 0; i < s.num_panels; ++i) {
     const Panel& panel = s.panels[i];
     float* c = sums + i * s.sums_size;
     const PanelStep base{s.depth, left, packed_tiles(s.packed + i * s.packed_size)};
-    PanelStep low{};
-    if (s.last && panel.module >= 0) {
-      const LoraTerm& term = p.lora->terms[panel.module * p.lora->num_runs + s.run];
-      if (panel.module != module) copy_low_rank(p, term, row, rows, scratch.u);
-      module = panel.module;
-      low = low_rank_step(term, panel, scratch.u);
+    PanelTerms terms{};
+    if (s.last && panel.first_module < panel.last_module) {
+      terms = {p.terms + panel.first_module * p.num_runs + s.run, panel.last_module - panel.first_module, p.num_runs,
+               scratch.low_rank + panel.first_module * left_size, left_size};
+      for (int64_t m = panel.first_module; m < panel.last_module && copied != panel.last_module; ++m)
+        copy_low_rank(p.terms[m * p.num_runs + s.run], row, rows, scratch.low_rank + m * left_size);
+      copied = panel.last_module;
     }
     if (rows > 16)
-      panel_block<2>(base, low, c, s.first > 0, ahead);
+      panel_block<2>(p, panel, base, terms, row, rows, scratch.term_sums, c, s.first > 0, ahead);
     else
-      panel_block<1>(base, low, c, s.first > 0, ahead);
+      panel_block<1>(p, panel, base, terms, row, rows, scratch.term_sums, c, s.first > 0, ahead);
     if (s.last) put_panel(p, panel, row, rows, c);
   }
 }
@@ -332,7 +378,8 @@ static void product(const Product& p, int64_t* next_unit, void* memory) {
   scratch.panels = room.take<bfloat16>(p.packed == nullptr ? p.group * p.depth_block * PANEL : 0);
   scratch.left = room.take<bfloat16>(PRODUCT_ROWS * p.depth_block);
   scratch.sums = room.take<float>(p.depth_block < p.depth ? p.group * p.chunk_rows * PANEL : PRODUCT_ROWS * PANEL);
-  scratch.u = room.take<bfloat16>(0);
+  scratch.term_sums = room.take<float>(PRODUCT_ROWS * PANEL);
+  scratch.low_rank = room.take<bfloat16>(0);
   AmxEngine::begin();
   Unit next = unit_of(p, __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED));
   while (next.num_panels > 0) {

@@ -10,21 +10,23 @@ namespace peftdyno {
 constexpr int64_t PANEL = 32;           // columns of the result computed together
 constexpr int64_t PRODUCT_ROWS = 32;    // rows of a block
 
-struct Lora;
+struct LowRankTerm;
 
-// Some columns of the result, which all lie in one adapted module or in none (-1).
+// Some columns of the result, and which modules' low-rank terms reach all of them.
 struct Panel {
-  int64_t column, width, module;
+  int64_t column, width;
+  int64_t first_module, last_module;  // one beyond the last
 };
 
-// out [rows, columns] (+)= left [rows, depth] right, the low-rank terms of `lora` within; depth is a multiple of 32.
+// out [rows, columns] (+)= left [rows, depth] right, low-rank terms within; depth is a multiple of 32.
 struct Product {
   int64_t rows, depth;
   Rows left, right, out;
   bool transposed;      // right is [columns, depth], else [depth, columns]
   bool accumulate;      // to what is in out
   const void* bias;     // of the type of out, or null
-  const Lora* lora;     // s u B^T joins where not null
+  const LowRankTerm* terms;  // module after module, the runs of one together
+  int64_t largest_rank;      // of them, padded
   const void* packed;   // every panel of the right factor at its whole depth, or null
   const Panel* panels;
   int64_t num_panels;

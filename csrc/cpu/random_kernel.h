@@ -25,8 +25,14 @@ PEFTDYNO_INLINE VecW multiply_even(VecU a, VecU b) {
 PEFTDYNO_INLINE void multiply(VecU a, uint32_t m, VecU& high, VecU& low) {
   const VecU factor = m - VecU{};
   const VecW even = multiply_even(a, factor), odd = multiply_even(bit_cast<VecU>(bit_cast<VecW>(a) >> 32), factor);
+#if defined(__AVX512F__)
+  const __m512i e = bit_cast<__m512i>(even), o = bit_cast<__m512i>(odd);
+  low = bit_cast<VecU>(_mm512_mask_shuffle_epi32(e, 0xaaaa, o, _MM_PERM_CCAA));
+  high = bit_cast<VecU>(_mm512_mask_shuffle_epi32(o, 0x5555, e, _MM_PERM_DDBB));
+#else
   low = bit_cast<VecU>((even & 0xffffffffull) | (odd << 32));
   high = bit_cast<VecU>((even >> 32) | (odd & 0xffffffff00000000ull));
+#endif
 }
 
 // Four vectors of words, a counter a lane, to the words of each counter side by side. A 128-bit part of a vector
@@ -60,17 +66,29 @@ PEFTDYNO_INLINE Together transpose_words(VecU a, VecU b, VecU c, VecU d) {
 
 typedef uint16_t VecHalves __attribute__((vector_size(4 * PEFTDYNO_LANES)));
 
-PEFTDYNO_INLINE void store_masks(const Together& words, uint16_t threshold, uint16_t* masks) {
-  for (int64_t i = 0; i < 4; ++i) {
-    const VecHalves keep = bit_cast<VecHalves>(bit_cast<VecHalves>(words.w[i]) >= threshold);
-    __builtin_memcpy(masks + i * 2 * LANES, &keep, sizeof keep);
-  }
+// A bit for each half that is not below the threshold.
+PEFTDYNO_INLINE uint32_t kept_halves(VecU words, uint16_t threshold) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu16_mask(bit_cast<__m512i>(words), _mm512_set1_epi16(static_cast<int16_t>(threshold)));
+#else
+  const VecHalves keep = bit_cast<VecHalves>(bit_cast<VecHalves>(words) >= threshold);
+#if defined(__AVX2__)
+  const __m256i bytes = _mm256_packs_epi16(bit_cast<__m256i>(keep), bit_cast<__m256i>(keep));
+  const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+  return (bits & 0xff) | (bits >> 8 & 0xff00);
+#else
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < 2 * LANES; ++i) bits |= static_cast<uint32_t>(keep[i] & 1) << i;
+  return bits;
+#endif
+#endif
 }
 
-constexpr int64_t MASK_COLUMNS = 8 * LANES;  // columns that one draw serves
+constexpr int64_t MASK_COLUMNS = 8 * LANES;        // columns that one draw serves
+constexpr int64_t MASK_WORDS = MASK_COLUMNS / 32;  // and words of their mask
 
-// Masks (0 or 0xffff) of MASK_COLUMNS columns of one token from `column`, a multiple of 8, on.
-PEFTDYNO_INLINE void draw_masks(uint64_t stream, uint64_t key, uint16_t threshold, int64_t column, uint16_t* masks) {
+// The mask of MASK_COLUMNS columns of one token from `column`, a multiple of 8, on: 1 lets an element pass.
+PEFTDYNO_INLINE void draw_mask(uint64_t stream, uint64_t key, uint16_t threshold, int64_t column, uint32_t* mask) {
   VecU c0, c1 = static_cast<uint32_t>(stream) - VecU{}, c2 = static_cast<uint32_t>(stream >> 32) - VecU{}, c3 = {};
   for (int64_t i = 0; i < LANES; ++i) c0[i] = static_cast<uint32_t>(i % 4 * (LANES / 4) + i / 4);
   c0 += static_cast<uint32_t>(column / 8);
@@ -86,7 +104,9 @@ PEFTDYNO_INLINE void draw_masks(uint64_t stream, uint64_t key, uint16_t threshol
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  store_masks(transpose_words(c0, c1, c2, c3), threshold, masks);
+  const Together words = transpose_words(c0, c1, c2, c3);
+  for (int64_t i = 0; i < MASK_WORDS; ++i) mask[i] = 0;
+  for (int64_t i = 0; i < 4; ++i) mask[i * 2 * LANES / 32] |= kept_halves(words.w[i], threshold) << i * 2 * LANES % 32;
 }
 
 }  // namespace PEFTDYNO_ISA

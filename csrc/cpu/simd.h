@@ -39,6 +39,10 @@ PEFTDYNO_INLINE To bit_cast(const From& from) {
   return to;
 }
 
+PEFTDYNO_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
 PEFTDYNO_INLINE Vec broadcast(float x) {
   return x - Vec{};
 }
@@ -136,25 +140,30 @@ PEFTDYNO_INLINE void store_upto(T* p, Vec v, int64_t n) {
     store_some(p, v, n);
 }
 
-PEFTDYNO_INLINE VecH load_mask(const uint16_t* mask) {
-  VecH h;
-  __builtin_memcpy(&h, mask, sizeof h);
-  return h;
+// A mask is a bit an element, 32 to a word. Those of LANES elements from i, a multiple of LANES, on.
+PEFTDYNO_INLINE uint32_t mask_bits(const uint32_t* words, int64_t i) {
+  return words[i / 32] >> i % 32;
 }
 
-// v where the mask is 0xffff, zero where it is 0.
-PEFTDYNO_INLINE Vec masked(Vec v, const uint16_t* mask) {
-  const VecU wide = extend(load_mask(mask));
-  return bit_cast<Vec>(bit_cast<VecU>(v) & (wide | (wide << 16)));
+// v where a lane's bit is 1, zero where it is 0; higher bits do not matter.
+PEFTDYNO_INLINE Vec masked(Vec v, uint32_t bits) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), bit_cast<__m512>(v)));
+#else
+  VecU lane;
+  for (int64_t i = 0; i < LANES; ++i) lane[i] = 1u << i;
+  return bit_cast<Vec>(bit_cast<VecU>(v) & bit_cast<VecU>((lane & bits) != 0));
+#endif
 }
 
-PEFTDYNO_INLINE void store_masked(float* p, Vec v, const uint16_t* mask) {
-  store(p, masked(v, mask));
-}
-
-PEFTDYNO_INLINE void store_masked(bfloat16* p, Vec v, const uint16_t* mask) {
-  const VecH h = narrow(v) & load_mask(mask);
-  __builtin_memcpy(p, &h, sizeof h);
+PEFTDYNO_INLINE VecH masked(VecH v, uint32_t bits) {
+#if defined(__AVX512F__)
+  return bit_cast<VecH>(_mm256_maskz_mov_epi16(static_cast<__mmask16>(bits), bit_cast<__m256i>(v)));
+#else
+  VecH lane;
+  for (int64_t i = 0; i < LANES; ++i) lane[i] = static_cast<uint16_t>(1u << i);
+  return v & bit_cast<VecH>((lane & static_cast<uint16_t>(bits)) != 0);
+#endif
 }
 
 PEFTDYNO_INLINE Vec select(VecI condition, Vec a, Vec b) {

@@ -42,8 +42,8 @@ const Kernels table = {
 #endif
     lora_pack,
     lora_forward,
-    lora_backward,
-    lora_finish,
+    lora_output_gradients,
+    lora_strip,
     attention_transpose,
     attention_forward,
     attention_backward,

@@ -1,7 +1,6 @@
-// What every operator needs of its tensors: checks, row views, spare columns, and a share of rows for each thread.
+// What every operator needs of its tensors: checks, row views, spare columns, and sums over rows.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "phases.h"
 
 namespace peftdyno {
 
@@ -44,13 +44,6 @@ inline Tensor empty_float(IntArrayRef shape, const Tensor& like) {
   return at::empty(shape, like.options().dtype(at::kFloat));
 }
 
-// f(begin, end) on shares of the rows, each worth at least some ten microseconds.
-template <class F>
-void for_rows(int64_t num_rows, int64_t width, const F& f) {
-  const int64_t elements_worth_a_thread = 16384;
-  at::parallel_for(0, num_rows, std::max<int64_t>(1, elements_worth_a_thread / std::max<int64_t>(1, width)), f);
-}
-
 // Sums over rows that threads gather apart and that are added in the threads' order, so that the result does not
 // vary. A thread adds some rows at a time to a fresh part and that to its total: the error grows with the root of
 // the number of rows and not with the number.
@@ -67,7 +60,8 @@ class RowSums {
   void over_rows(int64_t num_rows, int64_t width, const F& f) {
     const int64_t rows_at_a_time = 32;
     const int64_t size = parts_.numel() / (2 * threads_);
-    for_rows(num_rows, width, [&](int64_t begin, int64_t end) {
+    const int64_t share = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+    at::parallel_for(0, num_rows, share, [&](int64_t begin, int64_t end) {
       float* total = parts_.data_ptr<float>() + at::get_thread_num() * 2 * size;
       float* fresh = total + size;
       for (int64_t row = begin; row < end; row += rows_at_a_time) {

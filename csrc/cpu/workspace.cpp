@@ -19,25 +19,37 @@ int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t
   return keys * element + std::max(transposing, threads * attention_backward_bytes(rows, d) + gradients);
 }
 
-int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool bf16) {
-  return own_product(bf16, rows, depth) ? product_bytes(rows, depth, columns, rank) : -1;
+int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, bool bf16) {
+  if (!own_product(bf16, rows, depth)) return -1;
+  const auto [threads, bytes] = product_bytes({rows, depth, columns});
+  return threads * bytes;
 }
 
-std::tuple<int64_t, int64_t> lora_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,
-                                            bool bf16) {
-  const LoraShape shape(bf16, width, ranks, rows, run_offsets);
-  const int64_t packed = shape.packed_bytes(DOWN | UP_TRANSPOSED);
-  const int64_t packing = shape.packing_threads() * shape.packing_bytes();
-  return {packed, packed + std::max(packing, shape.threads() * shape.scratch_bytes())};
+namespace {
+
+// Every thread's scratch beside a large product [tokens, depth] x [depth, columns] that the terms join where it is ours.
+int64_t lora_scratch(const LoraShape& shape, int64_t depth, int64_t columns) {
+  std::tuple<int64_t, int64_t> product{0, 0};
+  if (depth > 0 && own_product(shape.lora.bf16, shape.lora.num_tokens, depth))
+    product = product_bytes({shape.lora.num_tokens, depth, columns, shape.lora.num_modules, shape.largest_rank});
+  const auto [threads, bytes] = shape.scratch(std::get<0>(product), std::get<1>(product));
+  return threads * bytes;
 }
 
-std::tuple<int64_t, int64_t> lora_backward_workspace(int64_t width, IntArrayRef ranks, IntArrayRef rows,
-                                                     IntArrayRef run_offsets, bool bf16, bool need_x) {
+}  // namespace
+
+int64_t lora_workspace(int64_t out, int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,
+                       bool bf16) {
   const LoraShape shape(bf16, width, ranks, rows, run_offsets);
-  const int64_t packed = shape.packed_bytes(need_x ? UP | DOWN_ROWS : UP);
-  const int64_t sums = shape.threads() * shape.gradient_size * 4;
-  const int64_t packing = shape.packing_threads() * shape.packing_bytes();
-  return {packed + sums, packed + std::max(packing, sums + shape.threads() * shape.scratch_bytes())};
+  return shape.packed_bytes(DOWN | UP_TRANSPOSED) + lora_scratch(shape, width, out);
+}
+
+int64_t lora_backward_workspace(int64_t out, int64_t width, IntArrayRef ranks, IntArrayRef rows,
+                                IntArrayRef run_offsets, bool bf16, bool dropped, bool need_x) {
+  const LoraShape shape(bf16, width, ranks, rows, run_offsets);
+  const bool joined = need_x && own_product(bf16, shape.lora.num_tokens, out);
+  return shape.packed_bytes(need_x ? UP | DOWN_ROWS : UP) + shape.gradient_bytes(joined && dropped) +
+         lora_scratch(shape, need_x ? out : 0, width);
 }
 
 }  // namespace peftdyno
