@@ -90,7 +90,7 @@ class _GivenKeys(AdapterBank):
         """Edits of a fused product."""
         edits = super().linear(layer, site)
         given = self.given.get((layer, site))
-        return edits if edits is None or given is None else replace(edits, keys=given)
+        return edits if edits is None or given is None else edits.dropped(edits.dropout, given)
 
 
 def _put(target: Tensor, source: Tensor) -> None:

@@ -6,8 +6,8 @@ y = (x W^T + b + sum of low-rank terms) * scale + shift, each on its own rows of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +47,39 @@ class LinearEdits:
     dropout: float = 0.0
     keys: Tensor | None = None
 
+    @cached_property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Every A, then every B, scale and shift."""
+        a, b = [term.a for term in self.low_rank], [term.b for term in self.low_rank]
+        return (*a, *b, *(scale.values for scale in self.scales), *(shift.values for shift in self.shifts))
+
+    @cached_property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Where the parameters' gradients are added, if all of them have a place already, as a bank's do; else empty.
+
+        Adding to them in the backward pass of the product spares autograd a node for each parameter.
+        """
+        places = tuple(p.grad for p in self.parameters if p.is_leaf and p.grad is not None)
+        return places if len(places) == len(self.parameters) else ()
+
+    @cached_property
+    def factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Every A and every B, apart from the graph."""
+        return [term.a.detach() for term in self.low_rank], [term.b.detach() for term in self.low_rank]
+
+    @cached_property
+    def places(self) -> tuple[list[float], list[int]]:
+        """The scaling of each term and run and the rows of each term, as the operators take them."""
+        rows = [i for term in self.low_rank for i in (term.start, term.stop)]
+        return [s for term in self.low_rank for s in term.scaling], rows
+
+    def dropped(self, dropout: float, keys: Tensor) -> LinearEdits:
+        """The same with dropout; what was derived from the terms is kept."""
+        _ = self.gradients, self.factors, self.places
+        edits = object.__new__(LinearEdits)
+        edits.__dict__.update(self.__dict__, dropout=dropout, keys=keys)
+        return edits
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRuns:
@@ -72,16 +105,14 @@ class _Plan:
 
     def terms(self) -> tuple[list[float], list[int], list[int], float, Tensor | None, Tensor | None]:
         edits = self.edits
-        rows = [i for term in edits.low_rank for i in (term.start, term.stop)]
-        scaling = [s for term in edits.low_rank for s in term.scaling]
-        return scaling, rows, list(self.runs.offsets), edits.dropout, self.runs.streams, edits.keys
+        return *edits.places, list(self.runs.offsets), edits.dropout, self.runs.streams, edits.keys
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: _Plan, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: _Plan, *_: Tensor | None) -> Tensor:
         edits, runs = plan.edits, list(plan.runs.offsets)
-        a, b = _factors(edits, parameters)
+        a, b = edits.factors
         u = plan.u
         if u is not None:
             scaling, rows, *_ = plan.terms()
@@ -102,7 +133,7 @@ class _AdaptedLinear(torch.autograd.Function):
         for shift in edits.shifts:
             bank_affine.SHIFT(y, shift.values, shift.start, runs)
         ctx.plan, ctx.weight = plan, weight
-        ctx.save_for_backward(x if a else None, u, *before, *parameters)
+        ctx.save_for_backward(x if a else None, u, *before)
         output: Tensor = y
         return output
 
@@ -110,8 +141,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         plan: _Plan = ctx.plan
         edits, runs = plan.edits, list(plan.runs.offsets)
-        x, u, *rest = ctx.saved_tensors
-        before, parameters = rest[: len(edits.scales)], rest[len(edits.scales) :]
+        x, u, *before = ctx.saved_tensors
         shifts = [bank_affine.COLUMN_SUMS(dy, None, s.start, s.values.shape[1], runs) for s in edits.shifts]
         scales = [
             bank_affine.COLUMN_SUMS(dy, pre, s.start, s.values.shape[1], runs)
@@ -122,22 +152,34 @@ class _AdaptedLinear(torch.autograd.Function):
             for scale in edits.scales:
                 bank_affine.SCALE(dy, scale.values, scale.start, runs)
         need_x = ctx.needs_input_grad[0]
-        a, b = _factors(edits, parameters)
+        a, b = edits.factors
         if not a:
             dx = linear.product_backward(dy, ctx.weight) if need_x else None
-            return dx, None, None, None, *scales, *shifts
+            return dx, None, None, None, *_given(edits, [*scales, *shifts])
         if isinstance(ctx.weight, Nf4Weight) and nf4_linear.fused("nf4_linear_backward", dy, ctx.weight):
             dx = nf4_linear.product_backward(dy, ctx.weight) if need_x else dy.new_empty(0)
             da, db = lora_terms.BACKWARD(dx, dy, x, u, a, b, *plan.terms(), need_x)
         else:
             weight = dense(ctx.weight)
             dx, da, db = lora_linear.BACKWARD(dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x)
-        return (dx if need_x else None), None, None, None, *da, *db, *scales, *shifts
+        return (dx if need_x else None), None, None, None, *_given(edits, [*da, *db, *scales, *shifts])
 
 
-def _factors(edits: LinearEdits, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    m = len(edits.low_rank)
-    return list(parameters[:m]), list(parameters[m : 2 * m])
+def _given(edits: LinearEdits, gradients: list[Tensor]) -> list[Tensor | None]:
+    """What autograd is given of the parameters' gradients: nothing where they are added in place (`_anchor`)."""
+    if not edits.gradients:
+        return [*gradients]
+    for total, gradient in zip(edits.gradients, gradients, strict=True):
+        total.add_(gradient)
+    return [None]
+
+
+def _anchor(x: Tensor, edits: LinearEdits) -> tuple[Tensor | None, ...]:
+    """The parameters that autograd is told of: all of them, or, where their gradients are added in place, one, and it
+    only where nothing else makes the product a node of the graph."""
+    if not edits.gradients:
+        return edits.parameters
+    return (None if x.requires_grad else edits.parameters[0],)
 
 
 def adapted_linear(
@@ -160,12 +202,6 @@ def adapted_linear(
     """
     if edits is None:
         return linear.linear(x, weight, bias, spare=spare)
-    parameters = [
-        *(term.a for term in edits.low_rank),
-        *(term.b for term in edits.low_rank),
-        *(scale.values for scale in edits.scales),
-        *(shift.values for shift in edits.shifts),
-    ]
     plan = _Plan(edits, runs, x_spare, border if isinstance(weight, Tensor) else 0, spare, u)
-    y: Tensor = apply(_AdaptedLinear, x, weight, bias, plan, *parameters)
+    y: Tensor = apply(_AdaptedLinear, x, weight, bias, plan, *_anchor(x, edits))
     return y

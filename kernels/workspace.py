@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import cpu
-from peftdyno.kernels.library import row_bytes
 
 
 @dataclass(frozen=True)

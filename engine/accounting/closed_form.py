@@ -36,6 +36,8 @@ class _Walk:
     )
     live: bool = False
     """Whether what flows here depends on something trained, so that its gradient is needed."""
+    inside: bool = False
+    """The same before the last product of the block walked last."""
 
     def add(self, owner: Owner, layer: int, forward: int, backward: int, square: tuple[int, int] | None = None) -> None:
         """FLOPs of one operation; `square` are those of the full-square convention where they differ."""
@@ -78,10 +80,11 @@ class _Walk:
         self.block(layer, work, last_rows, down=True)
 
     def again(self, layer: int, work: Work, last_rows: int) -> None:
-        """A block that runs again for its backward pass: not its last product where nothing from there on is kept."""
-        trained = any(self.products.trains(layer, place) for place in ("down", "mlp"))
-        down = trained or self.products.replaces_base or self.config.post_norms
-        if self.live:
+        """A block that runs again for its backward pass, if anything of it is kept: not its last product where nothing
+        from there on is."""
+        kept = any(self.products.keeps(layer, place) for place in ("down", "mlp"))
+        down = kept or self.products.replaces_base or self.config.post_norms
+        if self.inside or (down and self.live):
             replace(self, phase="recompute", train=False).block(layer, work, last_rows, down=down)
 
     def block(self, layer: int, work: Work, last_rows: int, *, down: bool) -> None:
@@ -95,6 +98,7 @@ class _Walk:
         self.live |= self.products.trains(layer, "mlp_norm")
         self.linear("gate_up", layer, last_rows)
         self.live |= self.products.trains(layer, "glu")
+        self.inside = self.live
         if down:
             self.linear("down", layer, last_rows)
             self.added("mlp", layer, last_rows)

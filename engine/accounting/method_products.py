@@ -36,10 +36,12 @@ class Product:
 
 @dataclass(kw_only=True)
 class Products:
-    """All products of a bank's method, by (layer, site); `trained` are the places that hold something trained."""
+    """All products of a bank's method, by (layer, site); `trained` are the places that hold something trained, `keeping`
+    those whose backward pass needs more than the gradient that arrives, which is all that a shift needs."""
 
     by_place: dict[tuple[int, str], list[Product]] = field(default_factory=dict)
     trained: set[tuple[int, str]] = field(default_factory=set)
+    keeping: set[tuple[int, str]] = field(default_factory=set)
     replaces_base: bool = False
     """Every weight is the adapter's own."""
     per_step: int = 0
@@ -54,9 +56,15 @@ class Products:
         """Whether something is trained there."""
         return (layer, place) in self.trained
 
-    def put(self, layer: int, site: str, product: Product | None = None) -> None:
-        """Something is trained at a site; `product` is what it adds."""
+    def keeps(self, layer: int, place: str) -> bool:
+        """Whether the backward pass of what is trained there needs something kept."""
+        return (layer, place) in self.keeping
+
+    def put(self, layer: int, site: str, product: Product | None = None, *, shift: bool = False) -> None:
+        """Something is trained at a site; `product` is what it adds, if it is more than a `shift`."""
         self.trained.add((layer, site))
+        if not shift:
+            self.keeping.add((layer, site))
         if product is not None:
             self.by_place.setdefault((layer, site), []).append(product)
 
@@ -87,7 +95,7 @@ def _lora(products: Products, config: DecoderConfig, methods: Sequence[Any]) -> 
         if methods[0].dora:  # norms of the rows of W + s B A: W A^T, A A^T and B (A A^T)
             products.per_step += 2 * len(methods) * rank * (out * width + rank * width + out * rank)
     for layer, module in methods[0].biased(config):
-        products.put(layer, SITE_OF[module])
+        products.put(layer, SITE_OF[module], shift=True)
 
 
 def _ia3(products: Products, config: DecoderConfig, methods: Sequence[Any]) -> None:
@@ -97,7 +105,7 @@ def _ia3(products: Products, config: DecoderConfig, methods: Sequence[Any]) -> N
 
 def _bitfit(products: Products, config: DecoderConfig, methods: Sequence[Any]) -> None:
     for layer, module in methods[0].places(config):
-        products.put(layer, SITE_OF[module])
+        products.put(layer, SITE_OF[module], shift=True)
 
 
 def _ln_tuning(products: Products, config: DecoderConfig, methods: Sequence[Any]) -> None:

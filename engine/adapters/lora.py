@@ -232,7 +232,7 @@ class LoRA(Method):
         if edits is None or not (self.dropout and bank.training and places):
             return edits
         keys = torch.tensor([bank.keys(f"dropout.{module}", layer) for _, module in places])
-        return replace(edits, dropout=self.dropout, keys=keys)
+        return edits.dropped(self.dropout, keys)
 
     def _edits(self, bank: AdapterBank, layer: int, site: str) -> tuple[LinearEdits | None, list[Place]]:
         """Edits without dropout, and the places of their low-rank terms; the same at every step where `prepare`
