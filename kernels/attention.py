@@ -233,7 +233,7 @@ class AttentionShape:
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of fused rows as heads: q [N, H, d], k and v [N, K, d]."""
         k = self.num_key_value_heads
-        queries, keys, values = self.heads(qkv).split((self.num_heads, k, k), 1)
+        queries, keys, values = self.heads(qkv).split_with_sizes((self.num_heads, k, k), 1)
         return queries, keys, values
 
     def score_options(self) -> tuple[float, int, float]:

@@ -8,16 +8,20 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Inputs in(q, k, v, prefix_k, prefix_v, segments, chain, scale, window, softcap);
   Attention& task = in.task;
   Tensor out = empty_with_spare(q.size(0), q.size(1) * q.size(2), spare, q);
-  Tensor lse = at::zeros({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
+  const bool covered = in.plan.covers(q.size(0), in.heads());
+  Tensor lse = empty_float({q.size(1), q.size(0)}, q);
+  if (!covered) lse.zero_();
   task.out = rows_of(out);
   task.lse = lse.data_ptr<float>();
   const Tensor v_transposed = in.transposes();
   task.v_transposed = v_transposed.data_ptr();
-  in.transpose();
-  const int64_t threads = useful_threads(in.plan);
-  const Tensor scratch = in.scratch(threads, attention_forward_bytes(task.task_rows, task.padded_width));
-  in.for_shares(threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    kernels().attention_forward(task, begin, end, scratch.data_ptr<uint8_t>() + thread * scratch.size(1));
+  const int64_t bytes = attention_forward_bytes(task.task_rows, task.padded_width);
+  const Tensor scratch = in.scratch(bytes);
+  Phase transposes(in.num_blocks()), tasks(in.plan.num_tasks());
+  in_parallel(in.threads(), [&](int64_t thread) {
+    void* mine = scratch.data_ptr<uint8_t>() + thread * scratch.size(1);
+    transposes.finish([&](int64_t i) { kernels().attention_transpose(task, i, i + 1, mine); });
+    tasks.work([&](int64_t i) { kernels().attention_forward(task, i, i + 1, mine); });
   });
   return {out, lse};
 }

@@ -1,28 +1,34 @@
 // Operator `attention_backward` of kernels/attention.py.
 //
-// One pass over the tasks gives dq and adds to dk and dv. A task belongs to one key head and the tasks are sorted by
-// head, so a thread shares at most its first head with the threads before it; it adds that part to memory of its own,
-// which is added in the threads' order at the end. The result depends on the number of threads only.
-#include <ATen/ops/zeros_like.h>
-
+// One pass over the tasks gives dq and adds to dk and dv. The tasks, sorted by key head, are cut into parts; a part shares
+// at most its first head with the parts before it and adds what belongs to that head to memory of its own, which is
+// added in the parts' order at the end. The result depends on the number of parts only, which follows from the threads'.
 #include "attention_inputs.h"
 
 namespace peftdyno {
 namespace {
 
-// The part of one thread's gradients that belongs to a head an earlier thread began.
+// What parts add to heads that an earlier part began: zeros at first.
 struct Borrowed {
-  SharedKeys keys;
-  Tensor k, v;
-};
+  std::vector<SharedKeyGradients> parts;
+  Tensor values;
 
-Borrowed borrow(const Inputs& in, int64_t thread, int64_t threads) {
-  Borrowed result{in.plan.borrowed_keys(thread, threads), {}, {}};
-  if (result.keys.head < 0) return result;
-  result.k = at::zeros({result.keys.keys * in.task.padded_width}, in.k.options().dtype(at::kFloat));
-  result.v = at::zeros_like(result.k);
-  return result;
-}
+  explicit Borrowed(const Inputs& in) {
+    const int64_t count = in.plan.num_parts(), width = in.task.padded_width;
+    std::vector<SharedKeys> keys;
+    int64_t total = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      keys.push_back(in.plan.borrowed_keys(t, count));
+      total += 2 * keys.back().keys * width;
+    }
+    values = empty_float({total}, in.k);
+    float* next = values.data_ptr<float>();
+    for (const SharedKeys& own : keys) {
+      parts.push_back({own.head, own.offset, own.keys, next, next + own.keys * width});
+      next += 2 * own.keys * width;
+    }
+  }
+};
 
 // Zero the rows that no task and no block of keys writes.
 void zero_uncovered(const Inputs& in, Tensor& dqkv, Tensor& dprefix_k, Tensor& dprefix_v) {
@@ -65,33 +71,30 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, co
   task.dq_head_stride = width;
   const Tensor k_transposed = in.transposes();
   task.k_transposed = k_transposed.data_ptr();
-  in.transpose();
-  const int64_t threads = useful_threads(in.plan);
-  const Tensor scratch = in.scratch(threads, attention_backward_bytes(task.task_rows, d));
+  const Tensor scratch = in.scratch(attention_backward_bytes(task.task_rows, d));
   const Tensor sums = empty_float({2, key_heads, task.padded_keys * d}, q);
-  at::parallel_for(0, sums.numel(), 16384, [&](int64_t begin, int64_t end) {
-    std::fill(sums.data_ptr<float>() + begin, sums.data_ptr<float>() + end, 0.0f);
-  });
-  const Tensor all_k = sums.select(0, 0), all_v = sums.select(0, 1);
-  std::vector<Borrowed> borrowed;
-  for (int64_t t = 0; t < threads; ++t) borrowed.push_back(borrow(in, t, threads));
-  in.for_shares(threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const Borrowed& own = borrowed[thread];
-    const bool some = own.keys.head >= 0;
-    const KeyGradients target{all_k.data_ptr<float>(), all_v.data_ptr<float>(), some ? own.k.data_ptr<float>() : nullptr,
-                              some ? own.v.data_ptr<float>() : nullptr, own.keys.head, own.keys.offset};
-    kernels().attention_backward(task, target, begin, end, scratch.data_ptr<uint8_t>() + thread * scratch.size(1));
-  });
-  for (const Borrowed& own : borrowed) {
-    if (own.keys.head < 0) continue;
-    all_k.select(0, own.keys.head).narrow(0, own.keys.offset * d, own.keys.keys * d).add_(own.k);
-    all_v.select(0, own.keys.head).narrow(0, own.keys.offset * d, own.keys.keys * d).add_(own.v);
-  }
-  const KeyGradientRows rows{all_k.data_ptr<float>(), all_v.data_ptr<float>(), rows_of(dqkv), heads * width,
+  float *all_k = sums.data_ptr<float>(), *all_v = all_k + key_heads * task.padded_keys * d;
+  const Borrowed borrowed(in);
+  const int64_t num_parts = static_cast<int64_t>(borrowed.parts.size());
+  const KeyGradientRows rows{all_k, all_v, borrowed.parts.data(), num_parts, rows_of(dqkv), heads * width,
                              (heads + key_heads) * width, dprefix_k.data_ptr<float>(), dprefix_v.data_ptr<float>(),
                              key_heads * width};
-  at::parallel_for(0, key_heads * task.num_blocks, 4, [&](int64_t begin, int64_t end) {
-    kernels().attention_store_keys(task, rows, begin, end);
+  Phase transposes(in.num_blocks()), parts(num_parts), stores(in.num_blocks());
+  in_parallel(in.threads(), [&](int64_t thread) {
+    void* mine = scratch.data_ptr<uint8_t>() + thread * scratch.size(1);
+    transposes.finish([&](int64_t i) {
+      kernels().attention_transpose(task, i, i + 1, mine);
+      const KeyBlock& block = in.plan.blocks[i % task.num_blocks];
+      const int64_t at = (i / task.num_blocks * task.padded_keys + block.offset) * d;
+      for (float* target : {all_k, all_v}) std::fill_n(target + at, block.padded * d, 0.0f);
+    });
+    parts.finish([&](int64_t t) {
+      const SharedKeyGradients& own = borrowed.parts[t];
+      std::fill_n(own.k, 2 * own.keys * d, 0.0f);
+      const KeyGradients target{all_k, all_v, own};
+      kernels().attention_backward(task, target, in.plan.share(t, num_parts), in.plan.share(t + 1, num_parts), mine);
+    });
+    stores.work([&](int64_t i) { kernels().attention_store_keys(task, rows, i, i + 1); });
   });
   zero_uncovered(in, dqkv, dprefix_k, dprefix_v);
   return {dqkv, dprefix_k, dprefix_v};

@@ -86,9 +86,9 @@ struct BlockGradients {
 };
 
 PEFTDYNO_INLINE BlockGradients gradients_of(const Attention& a, const KeyGradients& to, int64_t head, int64_t offset) {
-  if (head == to.shared_head) {
-    const int64_t at = (offset - to.own_offset) * a.padded_width;
-    return {to.own_k + at, to.own_v + at};
+  if (head == to.own.head) {
+    const int64_t at = (offset - to.own.offset) * a.padded_width;
+    return {to.own.k + at, to.own.v + at};
   }
   const int64_t at = (head * a.padded_keys + offset) * a.padded_width;
   return {to.all_k + at, to.all_v + at};
@@ -147,11 +147,26 @@ static void store_row(const float* from, int64_t width, T* to) {
   for (int64_t i = 0; i < width; i += LANES) store_upto(to + i, load(from + i), width - i);
 }
 
+// The gradients of one block's keys that parts have apart, to those of the rest.
+static void add_shared(const Attention& a, const KeyGradientRows& to, int64_t head, const KeyBlock& keys) {
+  const int64_t at = (head * a.padded_keys + keys.offset) * a.padded_width;
+  for (int64_t t = 0; t < to.num_parts; ++t) {
+    const SharedKeyGradients& part = to.parts[t];
+    if (part.head != head || keys.offset < part.offset || keys.offset >= part.offset + part.keys) continue;
+    const int64_t from = (keys.offset - part.offset) * a.padded_width;
+    for (int64_t i = 0; i < keys.padded * a.padded_width; i += LANES) {
+      store(to.k + at + i, load(to.k + at + i) + load(part.k + from + i));
+      store(to.v + at + i, load(to.v + at + i) + load(part.v + from + i));
+    }
+  }
+}
+
 template <class T>
 static void store_keys(const Attention& a, const KeyGradientRows& to, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; ++j) {
     const int64_t head = j / a.num_blocks;
     const KeyBlock& keys = a.blocks[j % a.num_blocks];
+    add_shared(a, to, head, keys);
     for (int64_t r = 0; r < keys.count; ++r) {
       const int64_t row = keys.row + r, at = (head * a.padded_keys + keys.offset + r) * a.padded_width;
       if (row < a.num_keys) {

@@ -1,13 +1,15 @@
 // The tensors of one call of attention, its plan of blocks and tasks, and their division among threads.
 #pragma once
 
+#include <memory>
+
 #include "attention_plan.h"
 #include "operators.h"
 #include "tensors.h"
 
 namespace peftdyno {
 
-// Padded keys that one thread's tasks of one head read; head -1 for none.
+// Padded keys that one part's tasks of one head read; head -1 for none.
 struct SharedKeys {
   int64_t head = -1, offset = 0, keys = 0;
 };
@@ -29,15 +31,34 @@ struct Plan {
     return rows;
   }
 
-  // The padded keys of the head that thread t of `threads` shares with the threads before it.
-  SharedKeys borrowed_keys(int64_t t, int64_t threads) const;
+  int64_t num_tasks() const { return static_cast<int64_t>(tasks.size()); }
 
-  // The first task of thread t of `threads`, so that each has a like share of the cost.
-  int64_t share(int64_t t, int64_t threads) const {
-    const int64_t wanted = costs.back() * t / threads;
+  // Parts of the tasks that the backward pass adds up apart: several a thread, so that a slow one can take fewer.
+  int64_t num_parts() const {
+    const int64_t threads = at::get_num_threads();
+    return std::max<int64_t>(1, std::min(num_tasks(), threads == 1 ? 1 : 3 * threads));
+  }
+
+  // The padded keys of the head that part t of `parts` shares with the parts before it.
+  SharedKeys borrowed_keys(int64_t t, int64_t parts) const;
+
+  // The first task of part t of `parts`, so that each has a like share of the cost.
+  int64_t share(int64_t t, int64_t parts) const {
+    const int64_t wanted = costs.back() * t / parts;
     return std::lower_bound(costs.begin(), costs.end(), wanted) - costs.begin();
   }
+
+  // Whether tasks have all of so many queries.
+  bool covers(int64_t num_queries, int64_t heads) const {
+    int64_t total = 0;
+    for (const QueryTask& task : tasks) total += task.count;
+    return total == num_queries * heads;
+  }
 };
+
+// The plan of a layout. The last one is kept for each thread: the layers of a step have the same.
+std::shared_ptr<const Plan> plan_of(const Tensor& segments, const Tensor& chain, int64_t groups, int64_t heads,
+                                    int64_t window);
 
 // Bytes of one thread's scratch: upper bounds of what the kernels take from it.
 inline int64_t transpose_bytes(int64_t padded_width) {
@@ -62,7 +83,8 @@ inline Tensor with_unit_heads(const Tensor& x) {
 // The tensors of one call as the kernels see them. `Inputs` owns what `task` points to.
 struct Inputs {
   Tensor q, k, v, prefix_k, prefix_v;
-  Plan plan;
+  std::shared_ptr<const Plan> held_plan;
+  const Plan& plan;
   Attention task{};
 
   Inputs(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const OptionalTensor& pk,
@@ -71,7 +93,8 @@ struct Inputs {
       : q(with_unit_heads(q_any)),
         k(with_unit_heads(k_any)),
         v(with_unit_heads(v_any)),
-        plan(segments, chain, q.size(1) / k.size(1), k.size(1), window) {
+        held_plan(plan_of(segments, chain, q.size(1) / k.size(1), k.size(1), window)),
+        plan(*held_plan) {
     const int64_t groups = q.size(1) / k.size(1);
     task.bf16 = is_bf16(q);
     task.groups = groups;
@@ -119,29 +142,17 @@ struct Inputs {
     return at::empty({heads() * task.padded_keys * task.padded_width * element}, k.options().dtype(at::kByte));
   }
 
-  void transpose() const {
-    const int64_t threads = at::get_num_threads(), bytes = transpose_bytes(task.padded_width);
-    const Tensor room = scratch(threads, bytes);
-    at::parallel_for(0, heads() * task.num_blocks, 4, [&](int64_t begin, int64_t end) {
-      kernels().attention_transpose(task, begin, end, room.data_ptr<uint8_t>() + at::get_thread_num() * bytes);
-    });
+  // (head, block) pairs.
+  int64_t num_blocks() const { return heads() * task.num_blocks; }
+
+  // Scratch of every thread, for transposing and for tasks that need so many bytes.
+  Tensor scratch(int64_t task_bytes) const {
+    const int64_t bytes = std::max(transpose_bytes(task.padded_width), task_bytes);
+    return at::empty({threads(), bytes}, k.options().dtype(at::kByte));
   }
 
-  Tensor scratch(int64_t threads, int64_t bytes) const {
-    return at::empty({threads, bytes}, k.options().dtype(at::kByte));
-  }
-
-  // f(thread, first task, last task) on shares of like cost.
-  template <class F>
-  void for_shares(int64_t threads, const F& f) const {
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) f(t, plan.share(t, threads), plan.share(t + 1, threads));
-    });
-  }
+  // Threads worth starting.
+  int64_t threads() const { return threads_for(std::max(plan.num_tasks(), num_blocks())); }
 };
-
-inline int64_t useful_threads(const Plan& plan) {
-  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(plan.tasks.size())));
-}
 
 }  // namespace peftdyno

@@ -1,5 +1,6 @@
 // Cuts a layout of segments and chains into blocks of keys and tasks of queries.
 #include <algorithm>
+#include <array>
 #include <set>
 
 #include "attention_inputs.h"
@@ -80,9 +81,6 @@ void add_tasks(Plan& plan, const Segment* segments, int64_t num_segments, const 
 }  // namespace
 
 Plan::Plan(const Tensor& segments, const Tensor& chain, int64_t groups, int64_t heads, int64_t window) {
-  for (const Tensor* table : {&segments, &chain})
-    TORCH_CHECK(table->scalar_type() == at::kInt && table->is_contiguous() && table->device().is_cpu(),
-                "segments and chain are contiguous int32 tensors on the CPU");
   const auto* s = reinterpret_cast<const Segment*>(segments.data_ptr<int32_t>());
   const auto* c = reinterpret_cast<const ChainLink*>(chain.data_ptr<int32_t>());
   add_blocks(*this, c, chain.size(0));
@@ -90,8 +88,28 @@ Plan::Plan(const Tensor& segments, const Tensor& chain, int64_t groups, int64_t 
   add_tasks(*this, s, segments.size(0), c, groups, heads, window);
 }
 
-SharedKeys Plan::borrowed_keys(int64_t t, int64_t threads) const {
-  const int64_t begin = share(t, threads), end = share(t + 1, threads);
+std::shared_ptr<const Plan> plan_of(const Tensor& segments, const Tensor& chain, int64_t groups, int64_t heads,
+                                    int64_t window) {
+  struct Kept {
+    std::vector<int32_t> layout;
+    std::array<int64_t, 5> sizes;
+    std::shared_ptr<const Plan> plan;
+  };
+  static thread_local Kept kept;
+  const std::array<int64_t, 5> sizes{segments.size(0), chain.size(0), groups, heads, window};
+  std::vector<int32_t> layout;
+  for (const Tensor* table : {&segments, &chain}) {
+    TORCH_CHECK(table->scalar_type() == at::kInt && table->is_contiguous() && table->device().is_cpu(),
+                "segments and chain are contiguous int32 tensors on the CPU");
+    layout.insert(layout.end(), table->data_ptr<int32_t>(), table->data_ptr<int32_t>() + table->numel());
+  }
+  if (kept.plan == nullptr || kept.sizes != sizes || kept.layout != layout)
+    kept = {layout, sizes, std::make_shared<const Plan>(segments, chain, groups, heads, window)};
+  return kept.plan;
+}
+
+SharedKeys Plan::borrowed_keys(int64_t t, int64_t parts) const {
+  const int64_t begin = share(t, parts), end = share(t + 1, parts);
   if (begin == 0 || begin >= end || tasks[begin - 1].head != tasks[begin].head) return {};
   int64_t low = padded_keys, high = 0;
   for (int64_t i = begin; i < end && tasks[i].head == tasks[begin].head; ++i)

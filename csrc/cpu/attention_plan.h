@@ -52,19 +52,24 @@ struct Attention {
   int64_t dq_head_stride;
 };
 
-// Where one thread's backward pass adds the gradients of keys and values: fp32 [padded, padded_width] for each block.
-// Head `shared_head` goes to `own`, whose blocks start at `own_offset`; the others go to their place in `all`.
+// Some padded keys of one head, from `offset` on, and gradients of theirs; head -1 for none.
+struct SharedKeyGradients {
+  int64_t head, offset, keys;
+  float *k, *v;
+};
+
+// Where one part of the backward pass adds the gradients of keys and values: fp32 [padded, padded_width] for each block.
+// Those of its shared head go to `own`; the others go to their place in `all`.
 struct KeyGradients {
-  float* all_k;
-  float* all_v;
-  float* own_k;
-  float* own_v;
-  int64_t shared_head, own_offset;
+  float *all_k, *all_v;
+  SharedKeyGradients own;
 };
 
 // Where those gradients end: rows of the fused gradient from the two columns on, and of the prefix tensors in fp32.
 struct KeyGradientRows {
-  const float *k, *v;
+  float *k, *v;
+  const SharedKeyGradients* parts;  // to be added, in order
+  int64_t num_parts;
   Rows fused;
   int64_t k_column, v_column;
   float *prefix_k, *prefix_v;

@@ -8,15 +8,17 @@ namespace peftdyno {
 
 int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t heads, int64_t key_heads,
                             int64_t width, int64_t window, bool bf16, bool backward) {
-  const Plan plan(segments, chain, heads / key_heads, key_heads, window);
-  const int64_t element = kernels().operand_bytes(bf16), d = padded_to(width, 32), threads = useful_threads(plan);
-  const int64_t keys = key_heads * plan.padded_keys * d, rows = plan.task_rows(heads / key_heads);
-  const int64_t transposing = at::get_num_threads() * transpose_bytes(d);
-  if (!backward) return keys * element + std::max(transposing, threads * attention_forward_bytes(rows, d));
+  const auto plan = plan_of(segments, chain, heads / key_heads, key_heads, window);
+  const int64_t element = kernels().operand_bytes(bf16), d = padded_to(width, 32);
+  const int64_t keys = key_heads * plan->padded_keys * d, rows = plan->task_rows(heads / key_heads);
+  const int64_t blocks = key_heads * static_cast<int64_t>(plan->blocks.size());
+  const int64_t threads = threads_for(std::max(plan->num_tasks(), blocks));
+  const int64_t task = backward ? attention_backward_bytes(rows, d) : attention_forward_bytes(rows, d);
+  const int64_t held = keys * element + threads * std::max(transpose_bytes(d), task);
+  if (!backward) return held;
   int64_t borrowed = 0;
-  for (int64_t t = 0; t < threads; ++t) borrowed += plan.borrowed_keys(t, threads).keys;
-  const int64_t gradients = 2 * 4 * (keys + borrowed * d);
-  return keys * element + std::max(transposing, threads * attention_backward_bytes(rows, d) + gradients);
+  for (int64_t t = 0; t < plan->num_parts(); ++t) borrowed += plan->borrowed_keys(t, plan->num_parts()).keys;
+  return held + 2 * 4 * (keys + borrowed * d);
 }
 
 int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, bool bf16) {
