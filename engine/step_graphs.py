@@ -1,5 +1,5 @@
-"""Training steps recorded once a size of pack and replayed: on a GPU a CUDA graph, which spares launching each kernel
-from the host.
+"""Training steps recorded once a size of pack and replayed: on a GPU a CUDA graph, on a CPU a tape (`engine.tape`),
+which spare launching each kernel from the host.
 
 A recording computes one micro-batch: what the method prepares, forward pass, backward pass, and what the method carries
 back. It adds gradients to the bank's and losses to a sum on the device. Before a replay the pack, padded to the
@@ -25,6 +25,7 @@ from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.graphs import CudaRecorder, GraphChoice, Recorder
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack_padding import PackSize, padded
+from peftdyno.engine.tape import TapeRecorder
 from peftdyno.kernels import attention, dispatch, replay
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
 
@@ -34,8 +35,10 @@ MOST_FLOPS = 1e12
 """Matrix FLOPs of a layer in one micro-batch above which `auto` does not record. A layer takes the host about 2 ms to
 launch forward and backward, in which a GPU of 500 TFLOP/s does this much; beyond, padding would cost more than
 launching. An estimate, not measured."""
-MOST_RECORDINGS = 32
-"""Recordings kept; the one not used for longest goes first."""
+MOST_RECORDINGS, MOST_TAPES = 32, 128
+"""Recordings kept, the second where sizes are fine; the one not used for longest goes first."""
+SEEN_BEFORE = 2
+"""Packs of a fine size that are computed without a recording before one is made: many sizes do not come again."""
 NUM_CHECKED = 2
 """Replays of a recording that are compared with the eager step: the second is the first of another pack's tables."""
 
@@ -110,9 +113,8 @@ class _Recording:
     num_checked: int = 0
 
     @classmethod
-    def of(cls, pack: Pack, device: torch.device) -> _Recording:
-        """Buffers of a pack's size, with the pack in them."""
-        size = PackSize.of(pack)
+    def of(cls, pack: Pack, size: PackSize, device: torch.device) -> _Recording:
+        """Buffers of a size, with a pack in them."""
         wide = padded(pack, size)
         arrays = _integers(wide)
         integers = torch.cat(arrays).to(device)
@@ -167,6 +169,10 @@ class StepGraphs:
     bank: AdapterBank
     recorder: Recorder
     choice: GraphChoice = "on"
+    fine: bool = False
+    """Whether packs are padded by a few rows only, to one of many sizes (`PackSize.of`). Then the step without a
+    recording computes the padding too, so that its results are those of the replay to the bit."""
+    seen: dict[PackSize, int] = field(default_factory=dict)
     recordings: dict[PackSize, _Recording] = field(default_factory=dict)
     complaint: str = ""
 
@@ -198,12 +204,20 @@ class StepGraphs:
     def _pays(self, pack: Pack) -> bool:
         if self.choice != "auto":
             return True
-        size, layer = PackSize.of(pack), self.decoder.weights.layers[0]
+        size, layer = self._size(pack), self.decoder.weights.layers[0]
         weights = sum(w.shape[0] * w.shape[1] for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
         return 4 * size.offsets(size.rows)[-1] * weights <= MOST_FLOPS
 
+    def _size(self, pack: Pack) -> PackSize:
+        return PackSize.of(pack, fine=self.fine)
+
     def _add(self, pack: Pack) -> None:
-        size = PackSize.of(pack)
+        size = self._size(pack)
+        if self.fine and size not in self.recordings:
+            self.seen[size] = self.seen.get(size, 0) + 1
+            if self.seen[size] <= SEEN_BEFORE:
+                self._eager(pack)
+                return
         recording = self.recordings.pop(size, None)
         if recording is not None and recording.num_checked == NUM_CHECKED:
             self.recordings[size] = recording
@@ -230,7 +244,7 @@ class StepGraphs:
         assert recording is not None, "made above"
         recording.num_checked += 1
         self.recordings[recording.size] = recording
-        while len(self.recordings) > MOST_RECORDINGS:
+        while len(self.recordings) > (MOST_TAPES if self.fine else MOST_RECORDINGS):
             del self.recordings[next(iter(self.recordings))]
         self._restore([before + own for before, own in zip(kept, found, strict=True)])
 
@@ -243,11 +257,11 @@ class StepGraphs:
             if isinstance(error, torch.OutOfMemoryError):
                 raise error
             raise UserError(f"--graphs on: {why}; give --graphs auto or off") from error
-        self.complaint = f"training goes on without CUDA graphs: {why}"
+        self.complaint = f"training goes on without recorded steps: {why}"
         warnings.warn(self.complaint, stacklevel=2)
 
     def _recorded(self, pack: Pack) -> _Recording:
-        recording = _Recording.of(pack, self.decoder.device)
+        recording = _Recording.of(pack, self._size(pack), self.decoder.device)
         with replay.recording(recording.tables):
             recording.again = self.recorder.record(lambda: self._run(recording))
         self.keyed.state.clear()
@@ -258,7 +272,8 @@ class StepGraphs:
         return self._compute(self.keyed, recording.pack)
 
     def _eager(self, pack: Pack) -> None:
-        """The same for a pack as it is, every kernel launched."""
+        """The same for a pack, every kernel launched."""
+        pack = padded(pack, self._size(pack)) if self.fine else pack
         self.bank.step = self.keyed.step
         self._compute(self.bank, pack.to(self.decoder.device))
         self.bank.state.clear()
@@ -304,12 +319,14 @@ def step_graphs(
 ) -> StepGraphs | None:
     """What a training of so many steps replays, or None to launch every kernel.
 
-    `auto` records on a GPU with Triton's kernels, where the method and the activation policy allow it. UserError for an
-    unknown choice, and for `on` where a step cannot be recorded.
+    `auto` records on a GPU with Triton's kernels, where the method and the activation policy allow it; on a CPU it does
+    not, for the predicted memory of a step is that of the pack without padding. UserError for an unknown choice, and
+    for `on` where a step cannot be recorded.
     """
     if isinstance(choice, str) and choice not in get_args(GraphChoice):
         raise unknown("--graphs", choice, get_args(GraphChoice))
-    if choice == "off":
+    on_cpu = decoder.device.type == "cpu"
+    if choice == "off" or (choice == "auto" and on_cpu):
         return None
     why = _unrecordable(decoder, bank, of_device=isinstance(choice, str))
     if why:
@@ -320,14 +337,19 @@ def step_graphs(
         return StepGraphs(decoder, bank, choice)
     if choice == "auto" and num_steps < LEAST_STEPS:
         return None
-    return StepGraphs(decoder, bank, CudaRecorder(), choice)
+    return StepGraphs(decoder, bank, TapeRecorder() if on_cpu else CudaRecorder(), choice, fine=on_cpu)
 
 
 def _unrecordable(decoder: Decoder, bank: AdapterBank, *, of_device: bool) -> str:
     """Why a step cannot be recorded, and the remedy; empty where it can."""
-    if of_device and decoder.device.type != "cuda":
-        return "the model is not on a CUDA device; give --graphs auto or off"
-    if of_device and dispatch.choose("attention", attention.FORWARD.implementations, decoder.device) != "triton":
+    on_gpu = decoder.device.type == "cuda"
+    if of_device and not on_gpu and bank.num_runs > 1:
+        return "on a CPU steps of several runs together are not recorded; give --graphs auto or off"
+    if (
+        of_device
+        and on_gpu
+        and dispatch.choose("attention", attention.FORWARD.implementations, decoder.device) != "triton"
+    ):
         return "only Triton's kernels can be recorded; give --kernels auto or triton"
     if decoder.activations != "keep":
         return f"--activations {decoder.activations} cannot be recorded; give --activations keep, or --graphs off"

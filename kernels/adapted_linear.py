@@ -110,7 +110,7 @@ class _Plan:
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: _Plan, *_: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: _Plan, *told: Tensor | None) -> Tensor:
         edits, runs = plan.edits, list(plan.runs.offsets)
         a, b = edits.factors
         u = plan.u

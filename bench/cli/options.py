@@ -52,7 +52,7 @@ SharePrefix = Annotated[
 ]
 Graphs = Annotated[
     str | None,
-    typer.Option("--graphs", help="Replay training steps as CUDA graphs: auto, on, off.", metavar="WHEN"),
+    typer.Option("--graphs", help="Record training steps and replay them: auto (on a GPU), on, off.", metavar="WHEN"),
 ]
 LimitTrain = Annotated[int | None, typer.Option("--limit-train", help="Random rows to train on; all by default.")]
 LimitValidation = Annotated[

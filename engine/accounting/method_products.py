@@ -36,8 +36,8 @@ class Product:
 
 @dataclass(kw_only=True)
 class Products:
-    """All products of a bank's method, by (layer, site); `trained` are the places that hold something trained, `keeping`
-    those whose backward pass needs more than the gradient that arrives, which is all that a shift needs."""
+    """All products of a bank's method, by (layer, site); `trained` are the places that hold something trained,
+    `keeping` those whose backward pass needs more than the gradient that arrives, which is all that a shift needs."""
 
     by_place: dict[tuple[int, str], list[Product]] = field(default_factory=dict)
     trained: set[tuple[int, str]] = field(default_factory=set)

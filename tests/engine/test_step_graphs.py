@@ -21,11 +21,12 @@ from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import Method
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
-from peftdyno.engine.graphs import EagerRecorder
+from peftdyno.engine.graphs import EagerRecorder, Recorder
 from peftdyno.engine.optim import AdamW, OptimConfig
 from peftdyno.engine.pack import Pack, Sequence
 from peftdyno.engine.pack_padding import PackSize, padded
 from peftdyno.engine.step_graphs import StepGraphs, step_graphs
+from peftdyno.engine.tape import TapeRecorder
 from peftdyno.engine.train import TrainConfig, TrainState, forward_backward, train
 
 from .banks import FORMS as FORMS_OF_ALL
@@ -55,15 +56,15 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 @dataclass
-class Counting(EagerRecorder):
+class Counting:
     """Counts recordings."""
 
+    recorder: Recorder = field(default_factory=EagerRecorder)
     count: int = 0
-    made: list[Tensor] = field(default_factory=list)
 
     def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         self.count += 1
-        return super().record(call)
+        return self.recorder.record(call)
 
 
 def batch(lengths: list[int], runs: int = 1, seed: int = 3) -> list[Sequence]:
@@ -159,12 +160,13 @@ def train_steps(
     return found
 
 
+@pytest.mark.parametrize("recorder", [EagerRecorder(), TapeRecorder()], ids=["again", "tape"])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_replayed_steps_train_alike(form: str, share: bool, llama: TinyModel) -> None:
+def test_replayed_steps_train_alike(form: str, share: bool, recorder: Recorder, llama: TinyModel) -> None:
     """Losses and masters of three steps of two runs; all packs of a kind by one recording."""
     plain, recorded = (shake(llama.bank(small_method(form), (1, 2))) for _ in range(2))
-    recorder = Counting()
+    recorder = Counting(recorder)
     step = StepGraphs(llama.decoder, recorded, recorder)
     expected = train_steps(llama, form, share, None, plain)
     found = train_steps(llama, form, share, step, recorded)
@@ -184,6 +186,19 @@ def test_dropout_follows_the_step(llama: TinyModel) -> None:
     for i, ours in enumerate(found):
         agree(ours, results(bank, forward_backward(llama.decoder, bank, [pack], i, ledger)[0]))
     assert relative(found[3][1], found[2][1]) > 1e-3
+
+
+def test_fine_sizes_pad_by_less_than_a_tile(llama: TinyModel) -> None:
+    bank = shake(llama.bank(small_method("lora"), (1,)))
+    ledger, step = Ledger(Scope(), on=False), StepGraphs(llama.decoder, bank, TapeRecorder(), fine=True)
+    for lengths in ([9, 14], [40, 23], [40, 24], [8, 8]) * 4:
+        pack = pack_of(bank, batch(lengths))
+        size = PackSize.of(pack, fine=True)
+        assert size.rows % 16 == 0 and 0 <= size.rows - pack.num_tokens < 16
+        assert size.labels % 8 == 0 and 0 <= size.labels - pack.labels.run_offsets[-1] < 8
+        found = results(bank, forward_backward(llama.decoder, bank, [pack], 1, ledger, step)[0])
+        agree(found, results(bank, forward_backward(llama.decoder, bank, [pack], 1, ledger)[0]))
+    assert sorted(size.rows for size in step.recordings) == [16, 32, 64]
 
 
 def test_a_larger_pack_makes_a_new_recording(llama: TinyModel) -> None:
@@ -259,7 +274,7 @@ def test_a_replay_that_differs_is_reported(recorder: type[EagerRecorder], llama:
             ):
                 forward_backward(llama.decoder, bank, packs, 2, ledger, step)
             continue
-        with pytest.warns(UserWarning, match="goes on without CUDA graphs") as told:
+        with pytest.warns(UserWarning, match="goes on without recorded steps") as told:
             found = results(bank, forward_backward(llama.decoder, bank, packs, 2, ledger, step)[0])
         assert len(told) == 1 and "differs" in step.complaint and not step.recordings
         agree(found, results(bank, forward_backward(llama.decoder, bank, packs, 2, ledger)[0]))
@@ -279,8 +294,8 @@ def test_training_says_that_it_goes_on_without(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(
         "peftdyno.engine.train.step_graphs", lambda choice, decoder, bank, _: StepGraphs(decoder, bank, Twice(), "auto")
     )
-    with pytest.warns(UserWarning, match="without CUDA graphs"):
-        assert [e.split(":")[0] for e in run("given up", "auto")] == ["training goes on without CUDA graphs"]
+    with pytest.warns(UserWarning, match="without recorded steps"):
+        assert [e.split(":")[0] for e in run("given up", "auto")] == ["training goes on without recorded steps"]
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("plain", "given up")]
     assert lines[0] == lines[1]
 
@@ -305,21 +320,23 @@ def test_counted_steps_count_what_is_not_padded(llama: TinyModel) -> None:
     assert counted.tokens == [23, 23] and set(counted.clock.read()[0]) == {"backward"}
 
 
-def test_a_killed_training_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """Recorded anew after each kill, and its first step counted again: packs of several sizes, dropout, two runs."""
+@pytest.mark.parametrize(("graphs", "seeds"), [(EagerRecorder(), (0, 1)), ("on", (0,))], ids=["again", "tape"])
+def test_a_killed_training_ends_with_the_same_bits(graphs: Any, seeds: tuple[int, ...], tmp_path: Path) -> None:
+    """Recorded anew after each kill, and its first step counted again: packs of several sizes, dropout, one run or
+    two. On a CPU a step is computed to the same bits with a recording and without."""
 
     def run(name: str, *kills: int) -> tuple[TrainState, str]:
         state = None
         for kill in (*kills, None):
             decoder = tiny_decoder()
-            bank = tiny_bank(decoder, (0, 1))
-            ledger, config = Ledger.of(decoder, bank), TrainConfig(graphs=EagerRecorder(), save_every=0.1)
+            bank = tiny_bank(decoder, seeds)
+            ledger, config = Ledger.of(decoder, bank), TrainConfig(graphs=graphs, save_every=0.1)
 
             def after(done: int, *_: object) -> None:
                 if done == kill:  # noqa: B023
                     raise KeyboardInterrupt
 
-            data = [job(steps=20, batch=3), job(steps=20, batch=3, seed=1)]
+            data = [job(steps=20, batch=3, seed=seed) for seed in seeds]
             with contextlib.suppress(KeyboardInterrupt):
                 state = train(decoder, bank, data, config, tmp_path / name, ledger=ledger, progress=after)
         assert state is not None
@@ -343,8 +360,10 @@ def test_choices(llama: TinyModel) -> None:
     bank = llama.bank(small_method("lora"), (1,))
     for choice in ("auto", "off"):
         assert step_graphs(choice, llama.decoder, bank, 100) is None  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--graphs on: the model is not on a CUDA device; give"):
-        step_graphs("on", llama.decoder, bank, 100)
+    steps = step_graphs("on", llama.decoder, bank, 100)
+    assert steps is not None and isinstance(steps.recorder, TapeRecorder) and steps.fine
+    with pytest.raises(UserError, match="--graphs on: on a CPU steps of several runs together are not recorded; give"):
+        step_graphs("on", llama.decoder, llama.bank(small_method("lora"), (1, 2)), 100)
     with pytest.raises(UserError, match="--graphs"):
         step_graphs("always", llama.decoder, bank, 100)  # type: ignore[arg-type]
     cheap = Decoder(llama.config, llama.decoder.weights, activations="cheap")
@@ -376,7 +395,8 @@ def taken_from_host(method: Method) -> list[str]:
     job = Job(config=TINY, methods=(method, method), dtype=torch.bfloat16, device="cuda")
     decoder, bank = job.model(Scope())
     steps = StepGraphs(decoder, bank, EagerRecorder())
-    recording = graphs._Recording.of(pack_of(bank, batch([9, 14], 2), share_prefix=True), decoder.device)
+    pack = pack_of(bank, batch([9, 14], 2), share_prefix=True)
+    recording = graphs._Recording.of(pack, PackSize.of(pack), decoder.device)
     with FromHost() as mode:
         steps._run(recording)
     return mode.found
