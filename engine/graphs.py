@@ -1,4 +1,5 @@
-"""Decoding steps recorded once and replayed: on a GPU a CUDA graph, which spares launching each kernel from the host.
+"""Decoding steps recorded once and replayed: on a GPU a CUDA graph, on a CPU a tape (`engine.tape`), which spare
+launching each kernel from the host.
 
 A recording has fixed shapes and addresses. Live sequences are padded, run by run, to the size of a bucket; a padded
 row is a token of its own that sees only itself and whose result nobody reads. Before each replay the new tokens, their
@@ -21,6 +22,7 @@ from peftdyno.engine.cache import KVCache
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.pack import Pack
+from peftdyno.engine.tape import TapeRecorder
 from peftdyno.kernels import attention, dispatch, replay
 from peftdyno.kernels.adapted_linear import TokenRuns
 from peftdyno.kernels.attention import AttentionLayout
@@ -42,7 +44,7 @@ class Recorder(Protocol):
 
 
 class EagerRecorder:
-    """Stands in where there is no CUDA graph: runs the call again, and gives its result where the first one lay."""
+    """Stands in for a recorder: runs the call again, and gives its result where the first one lay."""
 
     def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See Recorder."""
@@ -81,16 +83,16 @@ class CudaRecorder:
 def recorder_for(choice: GraphChoice | Recorder, device: torch.device, num_steps: int) -> Recorder | None:
     """What decoding is recorded with, or None to launch every kernel anew.
 
-    `auto` records on a GPU with Triton's kernels, where there are steps enough and nothing counts operations. UserError
-    for an unknown choice, and for `on` where there is no CUDA device.
+    `auto` records on a GPU with Triton's kernels, where there are steps enough and nothing counts operations; on a CPU a
+    tape is made for `on` only. UserError for an unknown choice, and for `on` where a step cannot be recorded.
     """
     if not isinstance(choice, str):
         return choice
     if choice not in get_args(GraphChoice):
         raise unknown("--graphs", choice, get_args(GraphChoice))
-    if choice == "on" and device.type != "cuda":
-        raise UserError("--graphs on: the model is not on a CUDA device; give --graphs auto or off")
-    if choice == "off" or device.type != "cuda":
+    if device.type != "cuda":
+        return TapeRecorder() if choice == "on" else None
+    if choice == "off":
         return None
     triton = dispatch.choose("attention", attention.FORWARD.implementations, device) == "triton"
     counted = watched()
@@ -248,4 +250,4 @@ def _check_same(found: Tensor, expected: Tensor) -> None:
 
 def warn_once(error: Exception) -> None:
     """Say that decoding goes on without graphs, and why."""
-    warnings.warn(f"decoding goes on without CUDA graphs: {' '.join(str(error).split())}", stacklevel=2)
+    warnings.warn(f"decoding goes on without recorded steps: {' '.join(str(error).split())}", stacklevel=2)

@@ -30,7 +30,10 @@ def command(
     pack_weights: o.PackWeights = "auto",
     threads: o.Threads = None,
     graphs: Annotated[
-        str, typer.Option("--graphs", help="Replay decoding steps as CUDA graphs: auto, on or off.", metavar="WHEN")
+        str,
+        typer.Option(
+            "--graphs", help="Record decoding steps and replay them: auto (on a GPU), on or off.", metavar="WHEN"
+        ),
     ] = "auto",
     json_output: o.Json = False,
 ) -> None:
