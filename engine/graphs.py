@@ -83,8 +83,8 @@ class CudaRecorder:
 def recorder_for(choice: GraphChoice | Recorder, device: torch.device, num_steps: int) -> Recorder | None:
     """What decoding is recorded with, or None to launch every kernel anew.
 
-    `auto` records on a GPU with Triton's kernels, where there are steps enough and nothing counts operations; on a CPU a
-    tape is made for `on` only. UserError for an unknown choice, and for `on` where a step cannot be recorded.
+    `auto` records on a GPU with Triton's kernels, where there are steps enough and nothing counts operations; on a CPU
+    a tape is made for `on` only. UserError for an unknown choice, and for `on` where a step cannot be recorded.
     """
     if not isinstance(choice, str):
         return choice

@@ -24,6 +24,7 @@ from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_nor
 from peftdyno.engine.pack import Pack, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.sources import DTYPES, load_model
+from peftdyno.engine.step_graphs import NUM_CHECKED, SEEN_BEFORE, StepGraphs, step_graphs
 from peftdyno.engine.train import forward_backward
 
 
@@ -60,6 +61,8 @@ class OurSteps:
     share_prefix: bool = False
     seed: int = 0
     dtype: str = "bf16"
+    recorded: StepGraphs | None = None
+    """What steps are replayed from, where they are."""
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
@@ -94,6 +97,11 @@ class OurSteps:
         """Seconds of some steps."""
         return timed(lambda: self._run(steps))
 
+    def record(self) -> None:
+        """Replay steps from here on, of tapes that are made now and have been checked."""
+        self.recorded = step_graphs("on", self.decoder, self.bank, self.step)
+        self._run(len(self.packs) * (SEEN_BEFORE + NUM_CHECKED))
+
     def measure_memory(self) -> dict[str, float]:
         """One step's time and the largest resident set while it ran."""
         return resident_peak(self.take_step)
@@ -113,7 +121,7 @@ class OurSteps:
     def take_step(self) -> tuple[float, float]:
         """Forward, backward, clip, update: the loss and the gradient's norm."""
         pack = self.packs[self.step % len(self.packs)]
-        losses, _ = forward_backward(self.decoder, self.bank, [pack], self.step, self.ledger)
+        losses, _ = forward_backward(self.decoder, self.bank, [pack], self.step, self.ledger, self.recorded)
         norms = gradient_norms(self.bank)
         clips = clip_factors(norms, [self.optim])
         self.optimizer.step(self.bank, [self.optim], [self.learning_rate], clips, [True])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import queue
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from peftdyno.bench.compare.handover import hand_over
 from peftdyno.bench.compare.ours_steps import base, new_bank
 from peftdyno.bench.compare.rows import TokenRow
 from peftdyno.engine.batching import Example
+from peftdyno.engine.graphs import GraphChoice
 from peftdyno.engine.optim import OptimConfig
 from peftdyno.engine.train import RunData, TrainConfig, train
 
@@ -30,6 +33,7 @@ class OurTraining:
     steps: int
     optim: dict[str, Any]
     share_prefix: Literal["auto", "on", "off"] = "auto"
+    graphs: GraphChoice = "auto"
 
     def __post_init__(self) -> None:
         self.decoder, self.family = base(self.model)
@@ -72,11 +76,55 @@ class OurTraining:
     def _train(self) -> tuple[list[float], list[dict[str, Any]]]:
         """Clock at the end of each step, and the lines of the log."""
         ends: list[float] = []
-        config = TrainConfig(share_prefix=self.share_prefix, evaluate_every=0, save_every=0)
+
+        def after(*_: object) -> None:
+            ends.append(time.perf_counter())
+            self._after(ends)
+
+        config = TrainConfig(share_prefix=self.share_prefix, evaluate_every=0, save_every=0, graphs=self.graphs)
         with tempfile.TemporaryDirectory(prefix="peftdyno-") as folder:
             train(
                 self.decoder, self.bank, self.data, config, Path(folder),
-                progress=lambda *_: ends.append(time.perf_counter()),
+                progress=after,
             )  # fmt: skip
             lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         return ends, [json.loads(line) for line in lines]
+
+    def _after(self, ends: list[float]) -> None:
+        """Called after each step."""
+
+
+@dataclass
+class LongTraining(OurTraining):
+    """One training that goes on from turn to turn, in a thread of its own, and waits in between: for what pays only
+    after many steps, as recordings do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._asked, self._over = queue.SimpleQueue[int](), queue.SimpleQueue[list[float] | Exception]()
+        self._due = 0
+        threading.Thread(target=self._go, daemon=True).start()
+
+    def advance(self, steps: int) -> dict[str, float]:
+        """Seconds of the next steps, the first of which is not counted; units are runs' examples."""
+        self._asked.put(steps)
+        found = self._over.get()
+        if isinstance(found, Exception):
+            raise found
+        ends = found[-steps:]
+        return {"seconds": ends[-1] - ends[0], "units": float((steps - 1) * self.batch * len(self.seeds))}
+
+    def _after(self, ends: list[float]) -> None:
+        self._due -= 1
+        if self._due > 0:
+            return
+        if len(ends) > 1:
+            self._over.put(list(ends))
+        self._due = self._asked.get()
+
+    def _go(self) -> None:
+        try:
+            self._train()
+            self._over.put(RuntimeError(f"the training of {self.steps} steps is over"))
+        except Exception as error:  # whatever ended the thread is told to whoever waits for it
+            self._over.put(error)

@@ -80,6 +80,15 @@ class Sides:
             self.close()
             self.ours, self.reference = kept
 
+    @contextmanager
+    def another(self, name: str) -> Iterator[Worker]:
+        """One more process, which ends with it."""
+        worker = Worker(name, self.environment)
+        try:
+            yield worker
+        finally:
+            worker.close()
+
     def folder(self, name: str) -> str:
         """A place for an adapter."""
         return str(self.scratch / name)

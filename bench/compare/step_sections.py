@@ -35,40 +35,48 @@ def open_steps(sides: Sides, name: str, method: str, options: dict[str, Any], ba
     sides.reference.open("plain.steps", **settings, adapter=sides.folder(name))
 
 
-def step_row(sides: Sides, length: int, goal: float, default_steps: int, check_steps: int) -> Row:
-    """LoRA's step over 4 rows of real tokens, all labelled, against the plain loop."""
+def step_rows(sides: Sides, length: int, goal: float, default_steps: int, check_steps: int) -> list[Row]:
+    """LoRA's step over 4 rows of real tokens, all labelled, against the plain loop: as it is, and replayed."""
     name = f"LoRA step, 4 x {length} tokens, all labelled, dropout {DROPOUT}"
     batch = text_batch(4, length, sides.classification.train)
     check = sides.check_plain("lora", {**LORA, "dropout": 0.0}, [batch], f"step-{length}", check_steps)
     open_steps(sides, f"step-{length}", "lora", {**LORA, "dropout": DROPOUT}, batch)
     steps = sides.plan.steps_or(default_steps)
     sides.tell(f"  {name}: {sides.plan.repeats} rounds of {steps} steps")
-    samples = in_turns(
-        {
-            "ours": lambda _: sides.ours.call("measure", steps=steps),
-            "reference": lambda _: sides.reference.call("measure", steps=steps),
-        },
-        sides.plan.repeats,
-    )
-    return Row(
-        workload=name,
-        against=PLAIN,
-        unit="steps/s",
-        ours=tuple(rates(samples["ours"])),
-        reference=tuple(rates(samples["reference"])),
-        goal=goal,
-        check=check,
-    )
+    with sides.another("ours, recorded") as recorded:
+        settings = {"model": sides.model, "batches": [batch], "learning_rate": RATE}
+        recorded.open("ours.steps", **settings, method="lora", options={**LORA, "dropout": DROPOUT})
+        recorded.call("record")
+        samples = in_turns(
+            {
+                "": lambda _: sides.ours.call("measure", steps=steps),
+                "reference": lambda _: sides.reference.call("measure", steps=steps),
+                ", --graphs on": lambda _: recorded.call("measure", steps=steps),
+            },
+            sides.plan.repeats,
+        )
+    return [
+        Row(
+            workload=name + form,
+            against=PLAIN,
+            unit="steps/s",
+            ours=tuple(rates(samples[form])),
+            reference=tuple(rates(samples["reference"])),
+            goal=goal,
+            check=check,
+        )
+        for form in ("", ", --graphs on")
+    ]
 
 
 def short_steps(sides: Sides) -> list[Row]:
     """4 x 128."""
-    return [step_row(sides, 128, 4.0, 2, CHECK_STEPS)]
+    return step_rows(sides, 128, 4.0, 2, CHECK_STEPS)
 
 
 def long_steps(sides: Sides) -> list[Row]:
     """4 x 512."""
-    return [step_row(sides, 512, 5.0, 1, FEW_STEPS)]
+    return step_rows(sides, 512, 5.0, 1, FEW_STEPS)
 
 
 def memory(sides: Sides) -> list[Row]:

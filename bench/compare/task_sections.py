@@ -24,6 +24,8 @@ OUR_STEPS = 4
 RUN_STEPS = 1000
 """Steps of a run where runs an hour are stated."""
 LONG_BATCH, LONG_TOKENS, CHECK_TOKENS = 16, 256, 32
+RECORDING_STEPS = 80
+"""Steps of a training whose steps are recorded before it is timed: most of its packs' sizes have come by then."""
 TUNING_STEPS, TUNING_BATCH, TUNING_RATE = 40, 8, 1e-3
 """Training of the adapter whose answers are timed, so that it answers with a label as a tuned model does."""
 
@@ -37,10 +39,11 @@ def open_ours(
     sides: Sides, seeds: Sequence[int], dropout: float, share: str, steps: int, rate: float = RATE, batch: int = BATCH
 ) -> None:
     """Our training of LoRA runs on the classification task."""
-    open_method(sides, "lora", {**LORA, "dropout": dropout}, seeds, share, steps, rate, batch)
+    options = {**LORA, "dropout": dropout}
+    sides.ours.open("ours.training", **training_of(sides, "lora", options, seeds, share, steps, rate, batch))
 
 
-def open_method(
+def training_of(
     sides: Sides,
     method: str,
     options: dict[str, Any],
@@ -49,20 +52,19 @@ def open_method(
     steps: int,
     rate: float = RATE,
     batch: int = BATCH,
-) -> None:
-    """Our training of a method's runs on the classification task."""
-    sides.ours.open(
-        "ours.training",
-        model=sides.model,
-        method=method,
-        options=options,
-        rows=sides.classification.train,
-        seeds=list(seeds),
-        batch=batch,
-        steps=steps,
-        optim=optim(rate),
-        share_prefix=share,
-    )
+) -> dict[str, Any]:
+    """Settings of our training of a method's runs on the classification task."""
+    return {
+        "model": sides.model,
+        "method": method,
+        "options": options,
+        "rows": sides.classification.train,
+        "seeds": list(seeds),
+        "batch": batch,
+        "steps": steps,
+        "optim": optim(rate),
+        "share_prefix": share,
+    }
 
 
 def start_folders(sides: Sides, seeds: Sequence[int], dropout: float) -> list[str]:
@@ -135,22 +137,35 @@ def training(sides: Sides) -> list[Row]:
         open_trainer(sides, seed, folders[dropout], steps)
         return sides.reference.call("measure", run=0)
 
-    sides.tell(f"  training on {sides.classification.name}: {sides.plan.repeats} rounds of 3 settings")
-    samples = in_turns(
-        {
-            "auto": lambda _: ours(DROPOUT, "auto"),
-            "dropout": lambda _: trainer(DROPOUT),
-            "on": lambda _: ours(DROPOUT, "on"),
-            "exact": lambda _: ours(0.0, "auto"),
-            "no dropout": lambda _: trainer(0.0),
-        },
-        sides.plan.repeats,
-        warm_ups=0,  # each turn's first step is not counted
-    )
+    sides.tell(f"  training on {sides.classification.name}: {sides.plan.repeats} rounds of 5 settings")
+    turn = 1 + OUR_STEPS * (steps - 1)
+    with sides.another("ours, recorded, prefix repeated") as repeated, sides.another("ours, recorded") as shared:
+        for worker, share in ((repeated, "off"), (shared, "on")):
+            settings = training_of(sides, "lora", {**LORA, "dropout": DROPOUT}, seed, share, RUN_STEPS)
+            worker.open("ours.long_training", **settings, graphs="on")
+            worker.call("advance", steps=max(RECORDING_STEPS, turn) if sides.plan.steps is None else turn)
+        samples = in_turns(
+            {
+                "auto": lambda _: ours(DROPOUT, "auto"),
+                "dropout": lambda _: trainer(DROPOUT),
+                "on": lambda _: ours(DROPOUT, "on"),
+                "auto, recorded": lambda _: repeated.call("advance", steps=turn),
+                "on, recorded": lambda _: shared.call("advance", steps=turn),
+                "exact": lambda _: ours(0.0, "auto"),
+                "no dropout": lambda _: trainer(0.0),
+            },
+            sides.plan.repeats,
+            warm_ups=0,  # each turn's first step is not counted
+        )
     rows = []
+    repeated_prefix = f"dropout {DROPOUT}, --share-prefix auto, which with dropout is off"
+    shared_prefix = f"dropout {DROPOUT}, --share-prefix on"
+    recorded = f"--graphs on, after {RECORDING_STEPS} steps"
     for which, reference, setting, share in (
-        ("auto", "dropout", f"dropout {DROPOUT}, --share-prefix auto, which with dropout is off", "off"),
-        ("on", "dropout", f"dropout {DROPOUT}, --share-prefix on", "on"),
+        ("auto", "dropout", repeated_prefix, "off"),
+        ("auto, recorded", "dropout", f"{repeated_prefix}, {recorded}", "off"),
+        ("on", "dropout", shared_prefix, "on"),
+        ("on, recorded", "dropout", f"{shared_prefix}, {recorded}", "on"),
         ("exact", "no dropout", "dropout 0 on both sides, --share-prefix auto, which is then on", "on"),
     ):
         rows.append(
@@ -212,7 +227,8 @@ def together(sides: Sides) -> list[Row]:
 
     def ours(which: str, seeds: Sequence[int], turns: int) -> dict[str, float]:
         method, options, share = settings[which]
-        open_method(sides, method, options, seeds, share, 1 + turns * (steps - 1))
+        settings_of = training_of(sides, method, options, seeds, share, 1 + turns * (steps - 1))
+        sides.ours.open("ours.training", **settings_of)
         return sides.ours.call("measure")
 
     sides.tell(f"  {len(SEEDS)} seeds together and alone: {sides.plan.repeats} rounds of {len(settings)} settings")

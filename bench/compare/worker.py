@@ -15,6 +15,7 @@ from peftdyno.engine.errors import first_line, unknown
 JOBS = {
     "ours.steps": "ours_steps:OurSteps",
     "ours.training": "ours_training:OurTraining",
+    "ours.long_training": "ours_training:LongTraining",
     "ours.generation": "ours_generation:OurGeneration",
     "ours.scoring": "ours_scoring:OurScoring",
     "ours.products": "products:Products",
