@@ -40,6 +40,7 @@ from peftdyno.engine.batching import steps_per_epoch
 from peftdyno.engine.border import fit_borders
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.optim import OptimConfig
+from peftdyno.engine.panels import packed_weights
 
 CLAIM = "job.json"
 """Which job a folder belongs to, from before its first step on."""
@@ -231,7 +232,11 @@ def _train(
     )
     ledger = Ledger.of(decoder, bank)
     gc.collect()  # what earlier jobs left in cycles would count as memory of this one
-    with StepLog(places.work, ledger, decoder, bank) as log, progress.training(job.label()) as tell:
+    with (
+        StepLog(places.work, ledger, decoder, bank) as log,
+        packed_weights(decoder, settings.pack_weights, backward=True),  # as the log measures memory
+        progress.training(job.label()) as tell,
+    ):
 
         def after_step(done: int, total: int, loss: float, tokens: int) -> None:
             log.append(done, tokens)

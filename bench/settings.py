@@ -71,8 +71,8 @@ class JobSettings(BaseModel):
     """Test rows of each run scored at a time; eight times the batch, at most 32, where absent, so that scoring needs
     less memory than training."""
     pack_weights: Literal["auto", "on", "off"] = "off"
-    """Whether the weights are kept a second time while scoring, for faster decoding on CPUs with AMX; scoring may then
-    need more memory than training."""
+    """Whether the weights are kept again in the forms that products read fastest on CPUs with AMX: three times in all
+    while training, twice while scoring. What is predicted of memory is without them."""
     evaluate: bool = True
     """Whether the tuned and the untuned model are scored."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -103,6 +103,11 @@ class JobSettings(BaseModel):
             raise UserError(
                 "graphs is on under a memory limit, whose prediction does not include recordings; give graphs auto or "
                 "no memory_limit"
+            )
+        if self.pack_weights != "off" and self.memory_limit is not None:
+            raise UserError(
+                "pack_weights is not off under a memory limit, whose prediction does not include what it keeps; give "
+                "pack_weights off or no memory_limit"
             )
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"seeds {', '.join(map(str, self.seeds))} must be different numbers from 0 on")

@@ -1,4 +1,4 @@
-"""Decoding on the CPU: the frozen weights kept a second time in the form that products of few rows read fastest."""
+"""Products on the CPU: the frozen weights kept a second time in the form that they read fastest."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ AUTO_SHARE = 0.5
 
 
 @contextmanager
-def packed_weights(decoder: Decoder, choice: PackWeights = "auto") -> Iterator[int]:
-    """While it lasts, decoding reads panels of the weights; gives the bytes they take, 0 where there are none.
+def packed_weights(decoder: Decoder, choice: PackWeights = "auto", *, backward: bool = False) -> Iterator[int]:
+    """While it lasts, products read panels of the weights, with `backward` those of the backward pass too; gives the
+    bytes they take, 0 where there are none.
 
     `auto` keeps them where they fit into half of the free memory. Results differ by rounding from those without.
     """
-    weights = [] if choice == "off" else [w for w in _products(decoder) if panel_bytes(w)]
-    if choice == "auto" and sum(map(panel_bytes, weights)) > AUTO_SHARE * _free_bytes():
+    weights = [] if choice == "off" else [w for w in _products(decoder) if panel_bytes(w, backward=backward)]
+    if choice == "auto" and held_bytes(decoder, backward=backward) > AUTO_SHARE * _free_bytes():
         weights = []
     kept: list[Tensor] = []
     try:
         held = 0
         for weight in weights:
-            held += keep_panels(weight)
+            held += keep_panels(weight, backward=backward)
             kept.append(weight)
         yield held
     finally:
         for weight in kept:
             drop_panels(weight)
+
+
+def held_bytes(decoder: Decoder, *, backward: bool = False) -> int:
+    """Bytes that all panels of a model take."""
+    return sum(panel_bytes(weight, backward=backward) for weight in _products(decoder))
 
 
 def _products(decoder: Decoder) -> list[Tensor]:

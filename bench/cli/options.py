@@ -67,6 +67,14 @@ Device = Annotated[str | None, typer.Option("--device", help="auto (the default)
 Kernels = Annotated[
     str | None, typer.Option("--kernels", help="auto (the default), reference, cpu or triton; never falls back.")
 ]
+JobPackWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--pack-weights",
+        help="Keep weights again as products on CPUs with AMX read them fastest: auto (where memory is free), on, off.",
+        metavar="WHEN",
+    ),
+]
 PackWeights = Annotated[
     str,
     typer.Option(

@@ -42,6 +42,7 @@ def command(
     device: o.Device = None,
     kernels: o.Kernels = None,
     graphs: o.Graphs = None,
+    pack_weights: o.JobPackWeights = None,
     threads: o.Threads = None,
     tasks_file: o.TasksFile = None,
     no_eval: o.NoEval = False,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from peftdyno.engine.families import Family
 from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_norms
 from peftdyno.engine.pack import Pack, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.panels import held_bytes, packed_weights
 from peftdyno.engine.sources import DTYPES, load_model
 from peftdyno.engine.step_graphs import NUM_CHECKED, SEEN_BEFORE, StepGraphs, step_graphs
 from peftdyno.engine.train import forward_backward
@@ -63,6 +65,7 @@ class OurSteps:
     dtype: str = "bf16"
     recorded: StepGraphs | None = None
     """What steps are replayed from, where they are."""
+    kept: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
@@ -97,8 +100,9 @@ class OurSteps:
         """Seconds of some steps."""
         return timed(lambda: self._run(steps))
 
-    def record(self) -> None:
-        """Replay steps from here on, of tapes that are made now and have been checked."""
+    def hasten(self) -> None:
+        """From here on with panels of the weights, and replaying tapes that are made now and have been checked."""
+        self.kept.enter_context(packed_weights(self.decoder, "on", backward=True))
         self.recorded = step_graphs("on", self.decoder, self.bank, self.step)
         self._run(len(self.packs) * (SEEN_BEFORE + NUM_CHECKED))
 
@@ -111,7 +115,8 @@ class OurSteps:
         traced = traced_peak(self.take_step)
         state = [self.bank.flat, self.bank.gradient, self.optimizer.first, self.optimizer.second]
         held = storage_bytes([*self.decoder.weights.tensors(), *state])
-        return None if traced is None else {"held": held, "step": traced}
+        panels = held_bytes(self.decoder, backward=True)
+        return None if traced is None else {"held": held, "step": traced, "panels": panels}
 
     def _run(self, steps: int) -> int:
         for _ in range(steps):

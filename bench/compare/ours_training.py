@@ -17,6 +17,7 @@ from peftdyno.bench.compare.rows import TokenRow
 from peftdyno.engine.batching import Example
 from peftdyno.engine.graphs import GraphChoice
 from peftdyno.engine.optim import OptimConfig
+from peftdyno.engine.panels import PackWeights, packed_weights
 from peftdyno.engine.train import RunData, TrainConfig, train
 
 
@@ -34,6 +35,7 @@ class OurTraining:
     optim: dict[str, Any]
     share_prefix: Literal["auto", "on", "off"] = "auto"
     graphs: GraphChoice = "auto"
+    pack_weights: PackWeights = "off"
 
     def __post_init__(self) -> None:
         self.decoder, self.family = base(self.model)
@@ -82,7 +84,10 @@ class OurTraining:
             self._after(ends)
 
         config = TrainConfig(share_prefix=self.share_prefix, evaluate_every=0, save_every=0, graphs=self.graphs)
-        with tempfile.TemporaryDirectory(prefix="peftdyno-") as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="peftdyno-") as folder,
+            packed_weights(self.decoder, self.pack_weights, backward=True),
+        ):
             train(
                 self.decoder, self.bank, self.data, config, Path(folder),
                 progress=after,

@@ -8,7 +8,7 @@ from typing import Any
 from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, check_steps, check_tokens
 from peftdyno.bench.compare.rows import in_order
 from peftdyno.bench.compare.sides import CHECK_STEPS, Sides
-from peftdyno.bench.compare.step_sections import DROPOUT, LORA, RATE
+from peftdyno.bench.compare.step_sections import DROPOUT, HASTENED, LORA, RATE
 from peftdyno.bench.compare.turns import Row, in_turns, rates
 
 BATCH = 4
@@ -24,7 +24,7 @@ OUR_STEPS = 4
 RUN_STEPS = 1000
 """Steps of a run where runs an hour are stated."""
 LONG_BATCH, LONG_TOKENS, CHECK_TOKENS = 16, 256, 32
-RECORDING_STEPS = 80
+RECORDING_STEPS = 120
 """Steps of a training whose steps are recorded before it is timed: most of its packs' sizes have come by then."""
 TUNING_STEPS, TUNING_BATCH, TUNING_RATE = 40, 8, 1e-3
 """Training of the adapter whose answers are timed, so that it answers with a label as a tuned model does."""
@@ -139,18 +139,18 @@ def training(sides: Sides) -> list[Row]:
 
     sides.tell(f"  training on {sides.classification.name}: {sides.plan.repeats} rounds of 5 settings")
     turn = 1 + OUR_STEPS * (steps - 1)
-    with sides.another("ours, recorded, prefix repeated") as repeated, sides.another("ours, recorded") as shared:
+    with sides.another("ours, hastened, prefix repeated") as repeated, sides.another("ours, hastened") as shared:
         for worker, share in ((repeated, "off"), (shared, "on")):
             settings = training_of(sides, "lora", {**LORA, "dropout": DROPOUT}, seed, share, RUN_STEPS)
-            worker.open("ours.long_training", **settings, graphs="on")
+            worker.open("ours.long_training", **settings, graphs="on", pack_weights="on")
             worker.call("advance", steps=max(RECORDING_STEPS, turn) if sides.plan.steps is None else turn)
         samples = in_turns(
             {
                 "auto": lambda _: ours(DROPOUT, "auto"),
                 "dropout": lambda _: trainer(DROPOUT),
                 "on": lambda _: ours(DROPOUT, "on"),
-                "auto, recorded": lambda _: repeated.call("advance", steps=turn),
-                "on, recorded": lambda _: shared.call("advance", steps=turn),
+                "auto, hastened": lambda _: repeated.call("advance", steps=turn),
+                "on, hastened": lambda _: shared.call("advance", steps=turn),
                 "exact": lambda _: ours(0.0, "auto"),
                 "no dropout": lambda _: trainer(0.0),
             },
@@ -160,12 +160,12 @@ def training(sides: Sides) -> list[Row]:
     rows = []
     repeated_prefix = f"dropout {DROPOUT}, --share-prefix auto, which with dropout is off"
     shared_prefix = f"dropout {DROPOUT}, --share-prefix on"
-    recorded = f"--graphs on, after {RECORDING_STEPS} steps"
+    hastened = f"{HASTENED}, after {RECORDING_STEPS} steps"
     for which, reference, setting, share in (
         ("auto", "dropout", repeated_prefix, "off"),
-        ("auto, recorded", "dropout", f"{repeated_prefix}, {recorded}", "off"),
+        ("auto, hastened", "dropout", repeated_prefix + hastened, "off"),
         ("on", "dropout", shared_prefix, "on"),
-        ("on, recorded", "dropout", f"{shared_prefix}, {recorded}", "on"),
+        ("on, hastened", "dropout", shared_prefix + hastened, "on"),
         ("exact", "no dropout", "dropout 0 on both sides, --share-prefix auto, which is then on", "on"),
     ):
         rows.append(
@@ -189,8 +189,9 @@ def seeds(sides: Sides) -> list[Row]:
     steps = 1 + sides.plan.steps_or(2)
     folders = start_folders(sides, SEEDS, DROPOUT)
 
-    def ours(share: str) -> dict[str, float]:
-        open_ours(sides, SEEDS, DROPOUT, share, steps)
+    def ours(share: str, packed: str = "off") -> dict[str, float]:
+        settings = training_of(sides, "lora", {**LORA, "dropout": DROPOUT}, SEEDS, share, steps)
+        sides.ours.open("ours.training", **settings, pack_weights=packed)
         return sides.ours.call("measure")
 
     def trainer(turn: int) -> dict[str, float]:
@@ -198,12 +199,12 @@ def seeds(sides: Sides) -> list[Row]:
         return sides.reference.call("measure", run=turn % len(SEEDS))
 
     sides.tell(f"  {len(SEEDS)} seeds together: {sides.plan.repeats} rounds")
-    turns = {"auto": lambda _: ours("auto"), "reference": trainer, "on": lambda _: ours("on")}
+    turns = {"auto": lambda _: ours("auto"), "reference": trainer, "on": lambda _: ours("on", "on")}
     samples = in_turns(turns, sides.plan.repeats, warm_ups=0)
     per = 3600 / (RUN_STEPS * BATCH)
     return [
         Row(
-            workload=f"{len(SEEDS)} seeds of it together, dropout {DROPOUT}, --share-prefix {share}",
+            workload=f"{len(SEEDS)} seeds of it together, dropout {DROPOUT}, --share-prefix {setting}",
             against=f"{TRAINER}, one after another",
             unit=f"runs/hour of {RUN_STEPS} steps",
             ours=tuple(rates(samples[share], per)),
@@ -212,7 +213,7 @@ def seeds(sides: Sides) -> list[Row]:
             check=checks[checked],
             note=sides.classification.note,
         )
-        for share, checked in (("auto", "off"), ("on", "on"))
+        for share, checked, setting in (("auto", "off", "auto"), ("on", "on", "on --pack-weights on"))
     ]
 
 

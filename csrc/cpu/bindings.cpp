@@ -54,9 +54,9 @@ TORCH_LIBRARY(peftdyno_cpu, m) {
   m.def("lora_backward_workspace(int out, int width, int[] ranks, int[] rows, int[] run_offsets, bool bf16,"
         " bool dropped, bool need_x) -> int",
         &peftdyno::lora_backward_workspace);
-  m.def("keep_packed(Tensor weight) -> int", &peftdyno::keep_packed);
+  m.def("keep_packed(Tensor weight, bool backward) -> int", &peftdyno::keep_packed);
   m.def("forget_packed(Tensor weight) -> ()", &peftdyno::forget_packed);
-  m.def("packed_bytes(int[] shape, bool bf16) -> int", &peftdyno::packed_bytes);
+  m.def("packed_bytes(int[] shape, bool bf16, bool backward) -> int", &peftdyno::packed_bytes);
   m.def("label_loss_chunk() -> int", &peftdyno::label_loss_chunk);
   m.def("label_loss_stride(int vocabulary, int element_size) -> int", &peftdyno::label_loss_stride);
   m.def("isa() -> str", &peftdyno::isa);

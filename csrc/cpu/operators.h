@@ -61,11 +61,11 @@ int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t
                             int64_t width, int64_t window, bool bf16, bool backward);
 // Bytes that a product of ours holds, or -1 where the library multiplies.
 int64_t product_workspace(int64_t rows, int64_t depth, int64_t columns, bool bf16);
-// Keeps W as panels for x W^T beside W, which must not change; the bytes that they take.
-int64_t keep_packed(const Tensor& weight);
+// Keeps W as panels for x W^T, with `backward` also for dy W, beside W, which must not change; the bytes that they take.
+int64_t keep_packed(const Tensor& weight, bool backward);
 void forget_packed(const Tensor& weight);
 // What `keep_packed` would take.
-int64_t packed_bytes(IntArrayRef shape, bool bf16);
+int64_t packed_bytes(IntArrayRef shape, bool bf16, bool backward);
 // Bytes that lora_linear and its backward pass hold at most; nothing while the library multiplies.
 int64_t lora_workspace(int64_t out, int64_t width, IntArrayRef ranks, IntArrayRef rows, IntArrayRef run_offsets,
                        bool bf16);

@@ -12,7 +12,7 @@ namespace {
 
 // The weight is held, so that its address stays its own.
 struct Kept {
-  Tensor weight, panels;
+  Tensor weight, forward, backward;  // the last undefined where products with dy are to pack it themselves
   int64_t version;
 };
 
@@ -28,7 +28,7 @@ Registry& registry() {
 
 }  // namespace
 
-const void* packed_panels(const Tensor& weight) {
+const void* packed_panels(const Tensor& weight, bool backward) {
   Registry& all = registry();
   const std::shared_lock lock(all.mutex);
   const auto found = all.kept.find(weight.data_ptr());
@@ -36,18 +36,23 @@ const void* packed_panels(const Tensor& weight) {
   const Kept& kept = found->second;
   const bool same = kept.weight.sizes() == weight.sizes() && kept.weight.strides() == weight.strides() &&
                     kept.weight._version() == kept.version;
-  return same ? kept.panels.data_ptr() : nullptr;
+  const Tensor& panels = backward ? kept.backward : kept.forward;
+  return same && panels.defined() ? panels.data_ptr() : nullptr;
 }
 
-int64_t packed_bytes(IntArrayRef shape, bool bf16) {
-  const int64_t depth = shape[1], columns = shape[0];
-  return own_product(bf16, 1, depth) ? 2 * depth * padded_to(columns, PANEL) : 0;
+int64_t packed_bytes(IntArrayRef shape, bool bf16, bool backward) {
+  const auto bytes = [&](int64_t depth, int64_t columns) {
+    return own_product(bf16, 1, depth) ? 2 * depth * padded_to(columns, PANEL) : 0;
+  };
+  return bytes(shape[1], shape[0]) + (backward ? bytes(shape[0], shape[1]) : 0);
 }
 
-int64_t keep_packed(const Tensor& weight) {
-  Kept kept{weight, pack_whole(weight), weight._version()};
-  if (!kept.panels.defined()) return 0;
-  const int64_t bytes = static_cast<int64_t>(kept.panels.nbytes());
+int64_t keep_packed(const Tensor& weight, bool backward) {
+  Kept kept{weight, pack_whole(weight, false), backward ? pack_whole(weight, true) : Tensor(), weight._version()};
+  int64_t bytes = 0;
+  for (const Tensor* panels : {&kept.forward, &kept.backward})
+    if (panels->defined()) bytes += static_cast<int64_t>(panels->nbytes());
+  if (bytes == 0) return 0;
   Registry& all = registry();
   const std::unique_lock lock(all.mutex);
   all.kept.insert_or_assign(weight.data_ptr(), std::move(kept));

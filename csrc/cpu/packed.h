@@ -5,7 +5,7 @@
 
 namespace peftdyno {
 
-// The panels of W for x W^T, or null where none are kept or the weight has changed since.
-const void* packed_panels(const at::Tensor& weight);
+// The panels of W for x W^T, or with `backward` for dy W; null where none are kept or the weight has changed since.
+const void* packed_panels(const at::Tensor& weight, bool backward);
 
 }  // namespace peftdyno

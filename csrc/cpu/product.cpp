@@ -102,15 +102,15 @@ std::tuple<int64_t, int64_t> product_bytes(const ProductShape& shape) {
   return {blocks.threads, blocks.bytes(shape, false)};
 }
 
-Tensor pack_whole(const Tensor& weight) {
-  const int64_t depth = weight.size(1), columns = weight.size(0);
+Tensor pack_whole(const Tensor& weight, bool backward) {
+  const int64_t depth = weight.size(backward ? 0 : 1), columns = weight.size(backward ? 1 : 0);
   if (!own_product(is_bf16(weight), 1, depth) || weight.stride(1) != 1) return {};
   const std::vector<Panel> panels = panels_of(columns, nullptr);
   Tensor packed = at::empty({static_cast<int64_t>(panels.size()) * PANEL, depth}, weight.options());
   Product p{};
   p.depth = depth;
   p.right = rows_of(weight);
-  p.transposed = true;
+  p.transposed = !backward;
   p.panels = panels.data();
   at::parallel_for(0, static_cast<int64_t>(panels.size()), 1, [&](int64_t begin, int64_t end) {
     kernels().pack_product(p, begin, end, packed.data_ptr());
@@ -123,7 +123,7 @@ OwnProduct::OwnProduct(const Tensor& left, const Tensor& right, Tensor& out, con
   TORCH_CHECK(left.stride(1) == 1 && right.stride(1) == 1 && out.stride(1) == 1, "rows of a product are contiguous");
   const ProductShape shape = shape_of(left, out, options.low_rank);
   const Blocks blocks(shape.rows, shape.depth, ratio_up(shape.columns, PANEL));
-  const void* packed = options.transposed ? packed_panels(right) : nullptr;
+  const void* packed = packed_panels(right, !options.transposed);
   for (const Panel& panel : panels_)
     if (panel.column % PANEL != 0) packed = nullptr;  // modules cut the panels elsewhere
   if (options.low_rank != nullptr) run_offsets_ = options.low_rank->run_offsets;

@@ -58,8 +58,8 @@ class OwnProduct {
 // Whether a product of such shapes is ours (docs/decisions/cpu-products.md): in bf16, where the processor has tiles.
 bool own_product(bool bf16, int64_t rows, int64_t depth);
 
-// W as panels for x W^T; undefined where such products are not ours.
-Tensor pack_whole(const Tensor& weight);
+// W as panels for x W^T, or with `backward` for dy W; undefined where such products are not ours.
+Tensor pack_whole(const Tensor& weight, bool backward);
 
 // out [rows, columns] (+)= left right (+ bias)
 void product(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options);

@@ -12,7 +12,7 @@ from peftdyno.engine.panels import packed_weights
 from peftdyno.kernels import cpu
 from peftdyno.kernels.panels import panel_bytes
 
-from .banks import TinyModel, pack_of, random_sequences, relative, shake, small_method, tiny_model
+from .banks import TinyModel, backward, pack_of, random_sequences, relative, shake, small_method, tiny_model
 
 CLOSE = 2e-2
 """Relative difference of bf16 logits whose products were rounded in another order."""
@@ -56,6 +56,21 @@ def test_same_logits(tiny: TinyModel) -> None:
     assert torch.equal(after, plain), "the panels are still in use"
     if cpu.AVAILABLE and cpu.instruction_set() == "amx":
         assert held > 0
+
+
+def test_a_step_with_panels_has_the_same_gradients(tiny: TinyModel) -> None:
+    """Those for the backward pass come on top."""
+    decoder = in_bf16(tiny)
+    bank = shake(tiny.bank(small_method("lora")))
+    pack = pack_of(bank, random_sequences((5, 9, 7)))
+    backward(decoder, bank, [pack])
+    plain = bank.gradient.clone()
+    with packed_weights(decoder, "on", backward=True) as held:
+        backward(decoder, bank, [pack])
+    assert relative(bank.gradient, plain) < CLOSE
+    assert held == panels.held_bytes(decoder, backward=True)
+    if cpu.AVAILABLE and cpu.instruction_set() == "amx":
+        assert held > panels.held_bytes(decoder)
 
 
 def _wide(weight: object) -> bool:

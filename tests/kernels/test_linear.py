@@ -61,17 +61,35 @@ def test_large_values_stay_finite_and_infinite_ones_do_not(isa, rows) -> None:
     assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
 
 
+@pytest.mark.parametrize(("tokens", "out", "columns"), [(70, 2080, 96), (33, 576, 1568), (5, 8224, 40), (500, 96, 64)])
+def test_panels_of_a_backward_product(check, rows, dtype, tokens, out, columns) -> None:
+    """One block of the depth and several; the last panel partly empty; a masked low-rank term beside them."""
+    weight, runs = rows(out, columns, dtype), [0, tokens]
+    x, a, b = rows(tokens, columns, dtype), [torch.randn(1, 8, columns) / 8], [torch.randn(1, 32, 8)]
+    terms = [2.0], [64, 96], runs, 0.2, torch.arange(tokens), torch.ones(1, 1, dtype=torch.int64)
+    keep_panels(weight, backward=True)
+    try:
+        dy = rows(tokens, out, dtype, spare=3)
+        check("linear_backward", dy, weight)
+        u = rows(tokens, 8, dtype)
+        check("lora_linear_backward", dy, x, u, weight, a, b, *terms, 0, True)
+    finally:
+        drop_panels(weight)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 33, 63])
 @pytest.mark.parametrize("out", [96, 40])
 def test_panels(check, rows, dtype, tokens, out) -> None:
     x, weight, bias = rows(tokens, 64, dtype, spare=5), rows(out, 64, dtype), torch.randn(out).to(dtype)
-    keep_panels(weight)
+    keep_panels(weight, backward=True)
     try:
         check("linear", x, weight, bias, 0)
         a, b = [torch.randn(2, 5, 64) / 8], [torch.randn(2, 32, 5)]
         runs = [0, min(tokens, 20), tokens]
         check("lora_linear", x, weight, bias, a, b, [0.5, 2.0], [0, 32], runs, 0.0, None, None, 0, 0, 0)
+        check("linear_backward", rows(tokens, out, dtype), weight)
         weight += 1
         check("linear", x, weight, bias, 0)
+        check("linear_backward", rows(tokens, out, dtype), weight)
     finally:
         drop_panels(weight)
