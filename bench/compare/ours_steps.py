@@ -100,11 +100,21 @@ class OurSteps:
         """Seconds of some steps."""
         return timed(lambda: self._run(steps))
 
-    def hasten(self) -> None:
-        """From here on with panels of the weights, and replaying tapes that are made now and have been checked."""
-        self.kept.enter_context(packed_weights(self.decoder, "on", backward=True))
+    def record(self) -> None:
+        """Replay steps from here on, of tapes that are made now and have been checked."""
         self.recorded = step_graphs("on", self.decoder, self.bank, self.step)
         self._run(len(self.packs) * (SEEN_BEFORE + NUM_CHECKED))
+
+    def hasten(self) -> None:
+        """Replay steps from here on, with panels of the weights."""
+        self.kept.enter_context(packed_weights(self.decoder, "on", backward=True))
+        self.record()
+
+    def measure_packed(self, steps: int) -> dict[str, float]:
+        """Seconds of some steps after one that is not counted, with panels of the weights while they last."""
+        with packed_weights(self.decoder, "on", backward=True):
+            self.take_step()
+            return self.measure(steps)
 
     def measure_memory(self) -> dict[str, float]:
         """One step's time and the largest resident set while it ran."""

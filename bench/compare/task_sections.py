@@ -24,7 +24,7 @@ OUR_STEPS = 4
 RUN_STEPS = 1000
 """Steps of a run where runs an hour are stated."""
 LONG_BATCH, LONG_TOKENS, CHECK_TOKENS = 16, 256, 32
-RECORDING_STEPS = 120
+RECORDING_STEPS = 80
 """Steps of a training whose steps are recorded before it is timed: most of its packs' sizes have come by then."""
 TUNING_STEPS, TUNING_BATCH, TUNING_RATE = 40, 8, 1e-3
 """Training of the adapter whose answers are timed, so that it answers with a label as a tuned model does."""

@@ -32,6 +32,7 @@ SIZES = Sizes(
     way_lengths=(6, 4),
     stream_bytes=1 << 16,
     noise_batches=3,
+    task_batches=2,
 )
 
 
@@ -62,6 +63,7 @@ EXPECTED = {
     "step": ["step"],
     "overhead": ["step"],
     "tokens": ["step", "token", "pack"],
+    "hastened": ["shared", "repeated", "labelled"],
     "stream": ["rate"],
     "memory-ways": ["length_6", "length_4"],
     "four-bit": [

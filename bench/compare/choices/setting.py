@@ -28,6 +28,8 @@ class Sizes:
     """Layers and batches where ways to save memory are compared."""
     stream_bytes: int = 1 << 28
     noise_batches: int = 30
+    task_batches: int = 8
+    """Batches of labelled texts where steps of a task are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)

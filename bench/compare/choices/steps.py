@@ -83,11 +83,48 @@ def tokens(setting: Setting) -> list[Line]:
     ]
 
 
+HASTENED = ("as it is", "replayed", "panels", "panels, replayed")
+"""Columns: --graphs on replays, --pack-weights on keeps panels."""
+
+
+def hastened(setting: Setting) -> list[Line]:
+    """LoRA's steps as they are, replayed from tapes, and with panels of the weights, in turns."""
+    sizes, rows = setting.sizes, _batches(setting)[: setting.sizes.task_batches]
+    labelled = [text_batch(sizes.batch, sizes.length, setting.texts)]
+    works = (
+        ("shared", f"steps of {sizes.batch} labelled texts, prefix shared", rows, True),
+        ("repeated", f"steps of {sizes.batch} labelled texts, prefix repeated", rows, False),
+        ("labelled", f"steps of {sizes.batch} x {sizes.length} tokens, all labelled", labelled, False),
+    )
+    return [_hastened_line(setting, *work) for work in works]
+
+
+def _hastened_line(setting: Setting, name: str, what: str, batches: list[list[Any]], share: bool) -> Line:
+    settings = {"model": setting.model, "method": "lora", "options": WITH_DROPOUT, "learning_rate": RATE}
+    plain, taped = (OurSteps(**settings, batches=batches, share_prefix=share) for _ in range(2))
+    taped.record()
+    steps = len(batches)
+    measures: list[Measure] = [
+        lambda _: plain.measure(steps),
+        lambda _: taped.measure(steps),
+        lambda _: plain.measure_packed(steps),
+        lambda _: taped.measure_packed(steps),
+    ]
+    samples = in_turns(dict(zip(HASTENED, measures, strict=True)), setting.repeats)
+    cells = {column: milliseconds(found) for column, found in samples.items()}
+    return Line(name=name, what=what, unit="ms", cells=cells, over=tuple((c, HASTENED[0]) for c in HASTENED[1:]))
+
+
+def _batches(setting: Setting) -> list[list[Any]]:
+    """The labelled texts, a batch after another."""
+    size = setting.sizes.batch
+    return [setting.texts[i : i + size] for i in range(0, len(setting.texts) - size + 1, size)]
+
+
 def _pack_line(setting: Setting) -> Line:
     """How many tokens a step of the labelled texts has."""
     size = setting.sizes.batch
-    starts = range(0, len(setting.texts) - size + 1, size)
-    batches = [[_sequence(row) for row in setting.texts[i : i + size]] for i in starts]
+    batches = [[_sequence(row) for row in batch] for batch in _batches(setting)]
     cells = {
         name: tuple(float(build_pack(batch, share_prefix=shared).num_tokens) for batch in batches)
         for name, shared in (("prefix shared", True), ("prefix repeated", False))

@@ -13,7 +13,7 @@ from peftdyno.bench.compare.choices.lines import Line
 from peftdyno.bench.compare.choices.memory_ways import memory_ways
 from peftdyno.bench.compare.choices.products import products
 from peftdyno.bench.compare.choices.setting import Setting
-from peftdyno.bench.compare.choices.steps import overhead, step, tokens
+from peftdyno.bench.compare.choices.steps import hastened, overhead, step, tokens
 from peftdyno.bench.compare.choices.stream import stream
 
 SUBJECTS: dict[str, Callable[[Setting], list[Line]]] = {
@@ -21,6 +21,7 @@ SUBJECTS: dict[str, Callable[[Setting], list[Line]]] = {
     "step": step,
     "overhead": overhead,
     "tokens": tokens,
+    "hastened": hastened,
     "decode": decode,
     "stream": stream,
     "memory-ways": memory_ways,
