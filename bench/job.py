@@ -234,7 +234,7 @@ def _train(
     gc.collect()  # what earlier jobs left in cycles would count as memory of this one
     with (
         StepLog(places.work, ledger, decoder, bank) as log,
-        packed_weights(decoder, settings.pack_weights, backward=True),  # as the log measures memory
+        packed_weights(decoder, settings.pack_weights, backward=True) as ledger.panel_bytes,  # while memory is measured
         progress.training(job.label()) as tell,
     ):
 

@@ -72,7 +72,7 @@ class JobSettings(BaseModel):
     less memory than training."""
     pack_weights: Literal["auto", "on", "off"] = "off"
     """Whether the weights are kept again in the forms that products read fastest on CPUs with AMX: three times in all
-    while training, twice while scoring. What is predicted of memory is without them."""
+    while training, twice while scoring."""
     evaluate: bool = True
     """Whether the tuned and the untuned model are scored."""
     dtype: Literal["bf16", "fp32"] = "bf16"

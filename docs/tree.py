@@ -17,9 +17,13 @@ REST = {
 
 
 def phrase(file: Path) -> str:
-    """First line of a module's docstring, without its full stop; empty where there is none."""
+    """First line of a module's docstring, without its full stop and without a clause that runs on; empty where there is
+    none."""
     docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
-    return docstring.partition("\n")[0].rstrip(".")
+    first, _, rest = docstring.partition("\n")
+    if not first.endswith(".") and rest.strip() and rest[0] != "\n":
+        first = first[: max(first.rfind(mark) for mark in (", ", ": ", "; ", ". "))]
+    return first.rstrip(".")
 
 
 def row(depth: int, name: str, text: str) -> str:

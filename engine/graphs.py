@@ -17,12 +17,12 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from peftdyno.engine import tape
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.cache import KVCache
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.pack import Pack
-from peftdyno.engine.tape import TapeRecorder
 from peftdyno.kernels import attention, dispatch, replay
 from peftdyno.kernels.adapted_linear import TokenRuns
 from peftdyno.kernels.attention import AttentionLayout
@@ -90,10 +90,12 @@ def recorder_for(choice: GraphChoice | Recorder, device: torch.device, num_steps
         return choice
     if choice not in get_args(GraphChoice):
         raise unknown("--graphs", choice, get_args(GraphChoice))
-    if device.type != "cuda":
-        return TapeRecorder() if choice == "on" else None
-    if choice == "off":
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return None
+    if device.type != "cuda":
+        if tape.unavailable():
+            raise UserError(f"--graphs on: {tape.unavailable()}")
+        return tape.TapeRecorder()
     triton = dispatch.choose("attention", attention.FORWARD.implementations, device) == "triton"
     counted = watched()
     if choice == "on":

@@ -22,7 +22,8 @@ def packed_weights(decoder: Decoder, choice: PackWeights = "auto", *, backward: 
     """While it lasts, products read panels of the weights, with `backward` those of the backward pass too; gives the
     bytes they take, 0 where there are none.
 
-    `auto` keeps them where they fit into half of the free memory. Results differ by rounding from those without.
+    `auto` keeps them where they fit into half of the free memory. Results are the same to the bit as those without:
+    panels hold what a product would pack, and it sums in the same order.
     """
     weights = [] if choice == "off" else [w for w in _products(decoder) if panel_bytes(w, backward=backward)]
     if choice == "auto" and held_bytes(decoder, backward=backward) > AUTO_SHARE * _free_bytes():

@@ -17,6 +17,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from peftdyno.engine import tape
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import SITES
@@ -25,7 +26,6 @@ from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.graphs import CudaRecorder, GraphChoice, Recorder
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack_padding import PackSize, padded
-from peftdyno.engine.tape import TapeRecorder
 from peftdyno.kernels import attention, dispatch, replay
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
 
@@ -337,21 +337,29 @@ def step_graphs(
         return StepGraphs(decoder, bank, choice)
     if choice == "auto" and num_steps < LEAST_STEPS:
         return None
-    return StepGraphs(decoder, bank, TapeRecorder() if on_cpu else CudaRecorder(), choice, fine=on_cpu)
+    return StepGraphs(decoder, bank, tape.TapeRecorder() if on_cpu else CudaRecorder(), choice, fine=on_cpu)
 
 
 def _unrecordable(decoder: Decoder, bank: AdapterBank, *, of_device: bool) -> str:
     """Why a step cannot be recorded, and the remedy; empty where it can."""
-    on_gpu = decoder.device.type == "cuda"
-    if of_device and not on_gpu and bank.num_runs > 1:
-        return "on a CPU steps of several runs together are not recorded; give --graphs auto or off"
-    if (
-        of_device
-        and on_gpu
-        and dispatch.choose("attention", attention.FORWARD.implementations, decoder.device) != "triton"
-    ):
-        return "only Triton's kernels can be recorded; give --kernels auto or triton"
+    reason = _unrecordable_here(decoder, bank) if of_device else ""
+    if reason:
+        return reason
     if decoder.activations != "keep":
         return f"--activations {decoder.activations} cannot be recorded; give --activations keep, or --graphs off"
     reason = next(filter(None, (method.unrecordable() for method in bank.methods)), "")
     return f"{reason}; give --graphs auto or off" if reason else ""
+
+
+def _unrecordable_here(decoder: Decoder, bank: AdapterBank) -> str:
+    """Why the device's own recorder cannot, and the remedy; empty where it can."""
+    if decoder.device.type != "cuda":
+        if bank.num_runs == 1:
+            return tape.unavailable()
+        return (
+            "on a CPU steps of several runs together are not recorded; give --graphs auto or off, or train one seed at"
+            " a time"
+        )
+    if dispatch.choose("attention", attention.FORWARD.implementations, decoder.device) == "triton":
+        return ""
+    return "only Triton's kernels can be recorded; give --kernels auto or triton"

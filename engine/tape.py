@@ -4,74 +4,77 @@ CUDA graph is on a GPU.
 What is recorded is what a dispatch mode sees, below autograd: forward and backward passes alike. A tensor that an
 operator made is known by its storage, so views are not operators of the tape but geometries of its arguments. As with a
 CUDA graph the call must read what changes from tensors that stay where they are, and must read no value on the host.
+csrc/cpu/tape.cpp repeats it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftdyno.kernels import dispatch
+from peftdyno.kernels import cpu, dispatch
 from peftdyno.kernels.library import PRIMITIVES
 
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"}
 """Operators whose result the host reads."""
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
+Input = tuple[int, int, int, Geometry | None]
+"""A tensor of the tape among an operator's arguments: which argument, which element of a list or
+NOWHERE, its slot and how it lies there, None for the whole."""
+NOWHERE = -1
+"""Stands for no slot and for no element."""
 
 
-@dataclass
-class _Input:
-    """A tensor of the tape among an operator's arguments: `place[key]` is where it goes, `slot` what it is a view of;
-    no geometry means the whole."""
-
-    place: list[Any]
-    key: int
-    slot: int
-    geometry: Geometry | None
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Call:
-    """One operator: its arguments, with holes for tensors of the tape; the slot of each tensor it gives, or None for
-    one that is an argument's; and slots that nobody reads after it."""
+    """One operator: its arguments, with `hole` where tensors of the tape go, and the slot of each tensor that it gives,
+    NOWHERE for one that is an argument's."""
 
-    run: Callable[..., Any]
-    args: list[Any]
-    inputs: list[_Input]
-    outputs: list[int | None]
-    ended: list[int] = field(default_factory=list)
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Input]
+    outputs: list[int]
+
+
+def unavailable() -> str:
+    """Why no tape can be made here, and the remedy; empty where one can."""
+    if cpu.AVAILABLE:
+        return ""
+    return (
+        "the C++ kernels, which replay steps, are not built; install with a C++ compiler, or give --graphs auto or off"
+    )
 
 
 class TapeRecorder:
-    """Records calls on the CPU (see `engine.graphs.Recorder`)."""
+    """Records calls on the CPU (see `engine.graphs.Recorder`), for the compiled extension to repeat."""
 
     def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """The repeated call; RuntimeError where it reads a value on the host."""
-        tape = _Tape()
-        with _Listening(tape):
+        heard = _Heard()
+        with _Listening(heard):
             out = call()
-        return tape.repeated(out)
+        return heard.repeated(out)
 
 
 class _Listening(TorchDispatchMode):
-    def __init__(self, tape: _Tape) -> None:
+    def __init__(self, heard: _Heard) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape = tape
+        self.heard = heard
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.tape.note(func, args, kwargs or {}, result)
+        self.heard.note(func, args, kwargs or {}, result)
         return result
 
 
-class _Tape:
+class _Heard:
     """What is heard: calls, the slot of each storage that they made and that is still alive, and how the tensor lay in
     it that a slot began with. Nothing is held, so recording needs no more memory than the call."""
 
@@ -79,47 +82,46 @@ class _Tape:
         self.calls: list[_Call] = []
         self.slots: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self.made: list[Geometry] = []
+        self.hole = torch.empty(0)
 
     def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """An operator was called."""
         if func.name().split(".")[0] in READS:
             raise RuntimeError(f"{func.name()} reads a value on the host, which a recording cannot")
-        given, inputs = self._arguments(args)
+        inputs: list[Input] = []
+        given = tuple(self._argument(i, value, inputs) for i, value in enumerate(args))
         known = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
         outputs = [self._output(tensor, known) for tensor in _tensors(result)]
         writes = any(
             argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
         )
-        if writes or any(slot is not None for slot in outputs):
-            self.calls.append(_Call(_plain(func, args, kwargs), given, inputs, outputs))
+        if writes or any(slot != NOWHERE for slot in outputs):
+            self.calls.append(_Call(_below(func, args), given, kwargs, inputs, outputs))
 
-    def _arguments(self, args: Sequence[Any]) -> tuple[list[Any], list[_Input]]:
-        """A copy of an operator's arguments, and the tensors of the tape among them."""
-        given = [list(value) if isinstance(value, list | tuple) else value for value in args]
-        inputs = []
-        for place in (given, *(value for value in given if isinstance(value, list))):
-            for key, value in enumerate(place):
-                slot = self._slot(value) if isinstance(value, Tensor) else None
-                if slot is not None:
-                    inputs.append(_Input(place, key, slot, self._geometry(slot, value)))
-                    place[key] = None
-        return given, inputs
+    def _argument(self, place: int, value: Any, inputs: list[Input], element: int = NOWHERE) -> Any:
+        """An argument without its tensors of the tape, which are noted among the inputs."""
+        if isinstance(value, list | tuple):
+            return [self._argument(place, part, inputs, key) for key, part in enumerate(value)]
+        slot = self._slot(value) if isinstance(value, Tensor) else NOWHERE
+        if slot == NOWHERE:
+            return value
+        inputs.append((place, element, slot, self._geometry(slot, value)))
+        return self.hole
 
     def _geometry(self, slot: int, view: Tensor) -> Geometry | None:
         """How a tensor lies in a slot's storage, where it is not the slot's own."""
         return None if _geometry(view) == self.made[slot] else _geometry(view)
 
-    def _slot(self, tensor: Tensor) -> int | None:
-        """The slot of a tensor's storage; None for one from outside."""
-        slot, _ = self.slots.get(tensor.untyped_storage()._cdata, (None, None))
-        return slot
+    def _slot(self, tensor: Tensor) -> int:
+        """The slot of a tensor's storage; NOWHERE for one from outside."""
+        return self.slots.get(tensor.untyped_storage()._cdata, (NOWHERE, None))[0]
 
-    def _output(self, tensor: Tensor, known: set[int]) -> int | None:
+    def _output(self, tensor: Tensor, known: set[int]) -> int:
         """A new slot, unless the storage is that of an argument."""
         storage, slot, slots = tensor.untyped_storage(), len(self.made), self.slots
         key = storage._cdata
         if key in known:
-            return None
+            return NOWHERE
         slots[key] = slot, weakref.ref(storage, lambda _: slots.pop(key, None))
         self.made.append(_geometry(tensor))
         return slot
@@ -127,55 +129,36 @@ class _Tape:
     def repeated(self, out: Tensor) -> Callable[[], Tensor]:
         """All calls as one; its result lies where `out` does."""
         last = self._slot(out)
-        view = None if last is None else self._geometry(last, out)
-        seen = set() if last is None else {last}
-        for call in reversed(self.calls):
-            touched = {i.slot for i in call.inputs} | {slot for slot in call.outputs if slot is not None}
-            call.ended = sorted(touched - seen)
-            seen |= touched
-        calls, size, result = self.calls, len(self.made), out.detach()
+        view = None if last == NOWHERE else self._geometry(last, out)
+        tape, result = cpu.extension().Tape(len(self.made)), out.detach()
+        for call, ended in zip(self.calls, self._ends(last), strict=True):
+            schema = call.operator._schema
+            name = schema.name, schema.overload_name
+            tape.add(*name, call.args, call.kwargs, call.inputs, call.outputs, ended)
 
         def again() -> Tensor:
-            slots: list[Tensor | None] = [None] * size
-            with torch.no_grad():
-                for call in calls:
-                    _repeat(call, slots)
-                if last is not None:
-                    whole = slots[last]
-                    assert whole is not None, "the result is kept to the end"
-                    result.copy_(whole if view is None else whole.as_strided(*view))
+            tape.run(result, last, view)
             return result
 
         return again
 
-
-def _repeat(call: _Call, slots: list[Tensor | None]) -> None:
-    for i in call.inputs:
-        value = slots[i.slot]
-        i.place[i.key] = value if i.geometry is None else value.as_strided(*i.geometry)  # type: ignore[union-attr]
-    made = call.run(*call.args)
-    for i in call.inputs:
-        i.place[i.key] = None
-    outputs = call.outputs
-    if isinstance(made, Tensor):
-        if outputs[0] is not None:
-            slots[outputs[0]] = made
-    else:
-        for slot, tensor in zip(outputs, _tensors(made), strict=True):
-            if slot is not None:
-                slots[slot] = tensor
-    for slot in call.ended:
-        slots[slot] = None
+    def _ends(self, last: int) -> list[list[int]]:
+        """For each call the slots that nobody reads after it; the last one is kept."""
+        seen, ends = {last, NOWHERE}, []
+        for call in reversed(self.calls):
+            touched = {slot for _, _, slot, _ in call.inputs} | set(call.outputs)
+            ends.append(sorted(touched - seen))
+            seen |= touched
+        return ends[::-1]
 
 
-def _plain(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The operator without its dispatch where it is ours."""
-    name = func.name().split(".")[0].removeprefix("peftdyno::")
+def _below(func: Any, args: Sequence[Any]) -> Any:
+    """The operator that is called in the end, where it is one of ours."""
     if func.namespace != "peftdyno":
-        return partial(func, **kwargs) if kwargs else func
-    primitive = PRIMITIVES[name]
-    chosen = dispatch.choose(name, primitive.implementations, args[0].device)
-    return primitive.implementations[chosen]
+        return func
+    name = func._schema.name.removeprefix("peftdyno::")
+    chosen = dispatch.choose(name, PRIMITIVES[name].implementations, args[0].device)
+    return getattr(torch.ops.peftdyno_cpu, name).default if chosen == "cpu" else func
 
 
 def _geometry(tensor: Tensor) -> Geometry:

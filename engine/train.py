@@ -147,11 +147,11 @@ def train(
                     record["validation_loss"] = _validate(decoder, state, data, config)
             if state.step % config.log_every == 0 or "validation_loss" in record:
                 metrics.append(record)
-            if _due(state.step, num_steps, config.save_every):
-                _save(state, folder, fingerprint, metrics)
-            if progress is not None:
+            if progress is not None:  # before a checkpoint, so that whoever notes steps has all that one stands for
                 finite = [loss for loss, alive in zip(losses, live, strict=True) if alive and math.isfinite(loss)]
                 progress(state.step, num_steps, sum(finite) / max(len(finite), 1), num_tokens)
+            if _due(state.step, num_steps, config.save_every):
+                _save(state, folder, fingerprint, metrics)
     for run, best, last in zip(state.runs, state.best, bank.flat, strict=True):
         if run.best_step < 0 and not run.stopped:
             best.copy_(last)

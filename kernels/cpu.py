@@ -30,8 +30,12 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
     one, for it is called many times a step, else torch's operator `peftdyno_cpu::name`."""
     if not AVAILABLE or not hasattr(torch.ops.peftdyno_cpu, name):
         return {}
-    module = importlib.import_module("peftdyno.kernels._cpu")
-    return {"cpu": getattr(module, name, getattr(torch.ops.peftdyno_cpu, name).default)}
+    return {"cpu": getattr(extension(), name, getattr(torch.ops.peftdyno_cpu, name).default)}
+
+
+def extension() -> Any:
+    """The compiled module."""
+    return importlib.import_module("peftdyno.kernels._cpu")
 
 
 def instruction_set() -> str:

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   const Tensor scratch = in.scratch(bytes);
   Phase transposes(in.num_blocks()), tasks(in.plan.num_tasks());
   in_parallel(in.threads(), [&](int64_t thread) {
-    void* mine = scratch.data_ptr<uint8_t>() + thread * scratch.size(1);
+    void* mine = part_of(scratch, thread);
     transposes.finish([&](int64_t i) { kernels().attention_transpose(task, i, i + 1, mine); });
     tasks.work([&](int64_t i) { kernels().attention_forward(task, i, i + 1, mine); });
   });

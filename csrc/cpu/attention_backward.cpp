@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_any, co
                              key_heads * width};
   Phase transposes(in.num_blocks()), parts(num_parts), stores(in.num_blocks());
   in_parallel(in.threads(), [&](int64_t thread) {
-    void* mine = scratch.data_ptr<uint8_t>() + thread * scratch.size(1);
+    void* mine = part_of(scratch, thread);
     transposes.finish([&](int64_t i) {
       kernels().attention_transpose(task, i, i + 1, mine);
       const KeyBlock& block = in.plan.blocks[i % task.num_blocks];

@@ -4,6 +4,7 @@
 #include "direct.h"
 #include "kernels.h"
 #include "operators.h"
+#include "tape_module.h"
 
 namespace peftdyno {
 
@@ -109,4 +110,5 @@ PYBIND11_MODULE(_cpu, m) {
   peftdyno::define<&peftdyno::lora_linear_backward>(m, "lora_linear_backward");
   peftdyno::define<&peftdyno::attention>(m, "attention");
   peftdyno::define<&peftdyno::attention_backward>(m, "attention_backward");
+  peftdyno::define_tape(m);
 }

@@ -115,8 +115,9 @@ struct LoraShape {
                                       8 * term.padded_rank);
     for (int64_t m = 0; m < lora.num_modules; ++m)
       sums += 4 * LORA_STRIP * padded_to(terms[m * lora.num_runs].rank, 16);
-    const int64_t task = LORA_ROWS * (4 * (2 * largest_rank + LORA_STRIP + STRIP_WORDS)) + PUT_BYTES;
-    const int64_t strip = LORA_CHUNK * (LORA_STRIP * element_bytes() + 4 * STRIP_WORDS) + PUT_BYTES +
+    const int64_t put = 4 * PUT_ROWS * LORA_STRIP;
+    const int64_t task = LORA_ROWS * (4 * (2 * largest_rank + LORA_STRIP + STRIP_WORDS)) + put;
+    const int64_t strip = LORA_CHUNK * (LORA_STRIP * element_bytes() + 4 * STRIP_WORDS) + put +
                           std::max(sums, 2 * 4 * LORA_STRIP * largest_rank);
     return padded_to(std::max({packing, task, strip}) + 16 * 64, 64);
   }
@@ -126,8 +127,6 @@ struct LoraShape {
     return {std::max(threads_for(static_cast<int64_t>(tasks.size())), product_threads),
             std::max(scratch_bytes(), product_bytes)};
   }
-
-  static constexpr int64_t PUT_BYTES = 32 * LORA_STRIP * 4;
 };
 
 // The same with its tensors.

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x_any, const Tensor& weight
   Packing packing(call);
   Phase down(static_cast<int64_t>(call.tasks.size()));
   in_parallel(scratch.size(0), [&](int64_t thread) {
-    void* mine = scratch.data_ptr<uint8_t>() + thread * scratch.size(1);
+    void* mine = part_of(scratch, thread);
     packing.finish(mine);
     down.finish([&](int64_t i) { kernels().lora_forward(call.lora, call.tasks[i], mine); });
     if (large) large->work(mine);
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensors, Tensors> lora_linear_backward(
     Packing packing(call);
     Phase outputs(static_cast<int64_t>(call.tasks.size())), factors(static_cast<int64_t>(strips.size()));
     in_parallel(scratch.size(0), [&](int64_t thread) {
-      void* mine = scratch.data_ptr<uint8_t>() + thread * scratch.size(1);
+      void* mine = part_of(scratch, thread);
       packing.finish(mine);
       outputs.finish([&](int64_t i) { kernels().lora_output_gradients(lora, call.tasks[i], mine); });
       factors.work([&](int64_t i) { kernels().lora_strip(lora, strips[i], mine); });

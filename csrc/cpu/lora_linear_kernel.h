@@ -62,8 +62,6 @@ static void store_columns(const float* c, int64_t stride, const LoraTask& task, 
       store_upto(row_of<T>(target, task.row + r) + column + i, load(c + r * stride + i), width - i);
 }
 
-constexpr int64_t PUT_ROWS = 32;  // rows of fp32 results held in the first-level cache
-
 // target (+)= mask (left right) for a strip of columns of some rows.
 template <class Engine, class T>
 static void put_product(int64_t row, int64_t rows, int64_t depth, const typename Engine::Element* left,
@@ -120,13 +118,18 @@ static void forward_term(const Lora& a, const LoraTerm& term, const LoraTask& ta
                            c);
 }
 
+// f(term) for every module of a task's run.
+template <class Engine, class F>
+static void for_terms(const Lora& a, const LoraTask& task, const F& f) {
+  Engine::begin();
+  for (int64_t m = 0; m < a.num_modules; ++m) f(a.terms[m * a.num_runs + task.run]);
+  Engine::end();
+}
+
 template <class T>
 static void forward_task(const Lora& a, const LoraTask& task, Scratch scratch) {
   using Engine = typename EngineOf<T>::type;
-  Engine::begin();
-  for (int64_t m = 0; m < a.num_modules; ++m)
-    forward_term<Engine, T>(a, a.terms[m * a.num_runs + task.run], task, scratch);
-  Engine::end();
+  for_terms<Engine>(a, task, [&](const LoraTerm& term) { forward_term<Engine, T>(a, term, task, scratch); });
 }
 
 // Where tokens of a run lie in a transposed operand of `n` rows: the chunk's start, its tokens and the first of them.
@@ -178,10 +181,7 @@ static void output_gradients(const Lora& a, const LoraTerm& term, const LoraTask
 template <class T>
 static void gradients_task(const Lora& a, const LoraTask& task, Scratch scratch) {
   using Engine = typename EngineOf<T>::type;
-  Engine::begin();
-  for (int64_t m = 0; m < a.num_modules; ++m)
-    output_gradients<Engine, T>(a, a.terms[m * a.num_runs + task.run], task, scratch);
-  Engine::end();
+  for_terms<Engine>(a, task, [&](const LoraTerm& term) { output_gradients<Engine, T>(a, term, task, scratch); });
 }
 
 // sums (+)= transposed block, for the tokens of one chunk.

@@ -10,6 +10,7 @@ namespace peftdyno {
 constexpr int64_t LORA_ROWS = 64;    // tokens of a task at most
 constexpr int64_t LORA_STRIP = 128;  // columns held at a time; masks are drawn for whole strips
 constexpr int64_t LORA_CHUNK = 256;  // tokens whose part of a strip is held at a time
+constexpr int64_t PUT_ROWS = 32;     // fp32 rows of a strip that are held in the first-level cache
 constexpr int64_t STRIP_WORDS = LORA_STRIP / 32;  // of a token's mask
 
 // One module of one run: its factors as operands of the block products, its columns of dy and of u.

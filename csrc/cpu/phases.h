@@ -57,10 +57,12 @@ void in_parallel(int64_t threads, const F& f) {
   });
 }
 
-// f(begin, end) on blocks of the rows, each worth some microseconds.
+constexpr int64_t SOME_MICROSECONDS = 16384;  // elements of rows that are worth a unit
+
+// f(begin, end) on blocks of the rows.
 template <class F>
 void for_rows(int64_t num_rows, int64_t width, const F& f) {
-  const int64_t elements = 16384, block = std::max<int64_t>(1, elements / std::max<int64_t>(1, width));
+  const int64_t block = std::max<int64_t>(1, SOME_MICROSECONDS / std::max<int64_t>(1, width));
   Phase phase(ratio_up(num_rows, block));
   in_parallel(threads_for(ratio_up(num_rows, block)), [&](int64_t) {
     phase.work([&](int64_t i) { f(i * block, std::min(num_rows, (i + 1) * block)); });

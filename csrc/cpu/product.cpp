@@ -141,7 +141,7 @@ void product(const Tensor& left, const Tensor& right, Tensor& out, const Product
   OwnProduct own(left, right, out, options);
   const Tensor scratch = at::empty({own.threads(), own.scratch_bytes()}, left.options().dtype(at::kByte));
   in_parallel(own.threads(), [&](int64_t thread) {
-    own.work(scratch.data_ptr<uint8_t>() + thread * own.scratch_bytes());
+    own.work(part_of(scratch, thread));
   });
 }
 

@@ -40,6 +40,11 @@ inline Tensor empty_with_spare(int64_t rows, int64_t columns, int64_t spare, con
   return spare == 0 ? wide : wide.narrow(1, 0, columns);
 }
 
+// A thread's part of scratch [threads, bytes].
+inline void* part_of(const Tensor& scratch, int64_t thread) {
+  return scratch.data_ptr<uint8_t>() + thread * scratch.size(1);
+}
+
 inline Tensor empty_float(IntArrayRef shape, const Tensor& like) {
   return at::empty(shape, like.options().dtype(at::kFloat));
 }
@@ -60,7 +65,7 @@ class RowSums {
   void over_rows(int64_t num_rows, int64_t width, const F& f) {
     const int64_t rows_at_a_time = 32;
     const int64_t size = parts_.numel() / (2 * threads_);
-    const int64_t share = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+    const int64_t share = std::max<int64_t>(1, SOME_MICROSECONDS / std::max<int64_t>(1, width));
     at::parallel_for(0, num_rows, share, [&](int64_t begin, int64_t end) {
       float* total = parts_.data_ptr<float>() + at::get_thread_num() * 2 * size;
       float* fresh = total + size;

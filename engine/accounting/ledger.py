@@ -66,6 +66,8 @@ class Ledger:
     meter: Meter | None = None
     """Where there is one, it is told when a step or an evaluation between steps ends."""
     energy: EnergyMeter | None = None
+    panel_bytes: int = 0
+    """What the weights' panels hold while it collects, where they are kept."""
     _seen: list[PackShape] = field(default_factory=list)
 
     @classmethod

@@ -108,10 +108,9 @@ def predicted_memory(ledger: Ledger, shapes: Sequence[PackShape]) -> dict[str, A
     largest = {max(shapes, key=lambda s: (s.num_tokens, s.num_labels)), max(shapes, key=lambda s: s.num_label_rows)}
     logs = [training_memory(subject_job(ledger), [shape.pack()], probe=True) for shape in largest]
     highest = max(logs, key=lambda log: log.peak_bytes)
-    return {
-        "predicted_peak_bytes": highest.peak_bytes,
-        "predicted_by_category": highest.by_category(highest.peak_index),
-    }
+    categories = highest.by_category(highest.peak_index)
+    categories["base weights"] += ledger.panel_bytes
+    return {"predicted_peak_bytes": highest.peak_bytes + ledger.panel_bytes, "predicted_by_category": categories}
 
 
 def subject_job(ledger: Ledger) -> Job:

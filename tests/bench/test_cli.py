@@ -277,5 +277,5 @@ def test_interrupt_is_one_line_and_goes_on(shell, tmp_path: Path) -> None:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)[1].splitlines()
-    assert child.returncode == 130 and "Traceback" not in " ".join(said)
+    assert child.returncode == 130 and "Traceback" not in " ".join(said), said
     assert said[-1] == "peftdyno: interrupted; the same command goes on from here"

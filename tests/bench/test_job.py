@@ -22,7 +22,8 @@ from peftdyno.bench.settings import make_settings
 from peftdyno.bench.step_summary import summarise
 from peftdyno.bench.store import read_record
 from peftdyno.engine.border import lay_borders
-from peftdyno.kernels import memory
+from peftdyno.engine.panels import held_bytes
+from peftdyno.kernels import cpu, memory
 
 
 def job_settings(model: Path, data: Path, **more):
@@ -76,6 +77,23 @@ def test_predicted_peak_of_a_training_is_the_measured_one(
     assert 0 < figures.evaluation_peak_bytes < figures.resident_peak_bytes
     assert found.pscp_inputs.memory_kind == "measured_peak_bytes"
     assert found.pscp_inputs.memory_gb == figures.measured_peak_bytes / 1e9
+
+
+@pytest.mark.skipif(not memory.available(), reason="needs the compiled extension, which records allocations")
+def test_panels_are_in_the_predicted_peak(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Only products with tiles read panels; elsewhere nothing is kept, and nothing predicted."""
+    base = load_base(str(tiny_model), "bf16", "cpu")
+    plain, kept = (
+        finish(base, tmp_path / choice, data=tiny_data, dtype="bf16", batch=4, steps=4, pack_weights=choice)[0]
+        for choice in ("off", "on")
+    )
+    held = held_bytes(base.decoder, backward=True)
+    assert kept.memory.predicted_peak_bytes - plain.memory.predicted_peak_bytes == held
+    assert kept.memory.predicted_peak_bytes == pytest.approx(kept.memory.measured_peak_bytes, rel=0.01)
+    assert sum(kept.memory.predicted_by_category.values()) == kept.memory.predicted_peak_bytes
+    assert kept.loss == plain.loss
+    if cpu.instruction_set() == "amx":
+        assert held > 0
 
 
 def test_all_steps_flops(base, tiny_data: Path, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from peftdyno.engine.errors import UserError
 from peftdyno.engine.generate import generate
 from peftdyno.engine.graphs import EagerRecorder, Recorder, bucket, recorder_for
 from peftdyno.engine.pack import Sequence
-from peftdyno.engine.tape import TapeRecorder
+from peftdyno.engine.tape import TapeRecorder, unavailable
 
 from .banks import TinyModel, random_sequences, shake, small_method, tiny_model
 
 CPU = torch.device("cpu")
+needs_tape = pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
+RECORDERS = [pytest.param(EagerRecorder(), id="again"), pytest.param(TapeRecorder(), marks=needs_tape, id="tape")]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def prompts_of(runs: int, per_run: int) -> list[Sequence]:
     return [s for run in range(runs) for s in random_sequences(lengths, run=run, seed=5 + run)]
 
 
-@pytest.mark.parametrize("recorder", [EagerRecorder(), TapeRecorder()], ids=["again", "tape"])
+@pytest.mark.parametrize("recorder", RECORDERS)
 @pytest.mark.parametrize("form", ["lora", "ia3", "prefix-tuning", "prompt-tuning"])
 @pytest.mark.parametrize("variant", ["llama", "gemma"])
 def test_replayed_steps_give_the_same_tokens(
@@ -129,6 +131,13 @@ def test_auto_goes_on_without_graphs_and_says_so(llama: TinyModel, monkeypatch: 
 
 def test_choices() -> None:
     assert recorder_for("auto", CPU, 100) is None and recorder_for("off", CPU, 100) is None
-    assert isinstance(recorder_for("on", CPU, 100), TapeRecorder)
     with pytest.raises(UserError, match="--graphs"):
         recorder_for("always", CPU, 100)  # type: ignore[arg-type]
+
+
+@needs_tape
+def test_a_tape_is_made_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(recorder_for("on", CPU, 100), TapeRecorder)
+    monkeypatch.setattr("peftdyno.kernels.cpu.AVAILABLE", False)
+    with pytest.raises(UserError, match="not built; install with a C\\+\\+ compiler, or give --graphs auto or off"):
+        recorder_for("on", CPU, 100)

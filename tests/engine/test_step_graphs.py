@@ -26,7 +26,7 @@ from peftdyno.engine.optim import AdamW, OptimConfig
 from peftdyno.engine.pack import Pack, Sequence
 from peftdyno.engine.pack_padding import PackSize, padded
 from peftdyno.engine.step_graphs import StepGraphs, step_graphs
-from peftdyno.engine.tape import TapeRecorder
+from peftdyno.engine.tape import TapeRecorder, unavailable
 from peftdyno.engine.train import TrainConfig, TrainState, forward_backward, train
 
 from .banks import FORMS as FORMS_OF_ALL
@@ -34,6 +34,8 @@ from .banks import TinyModel, backward, pack_of, random_sequences, relative, sha
 from .tiny_job import CONFIG as TINY
 from .tiny_job import job, tiny_bank, tiny_decoder
 
+needs_tape = pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
+RECORDERS = [pytest.param(EagerRecorder(), id="again"), pytest.param(TapeRecorder(), marks=needs_tape, id="tape")]
 ROUNDING = 2e-6
 """Relative: fp32 sums over as many terms in another order."""
 FORMS = ["lora", "ia3", "ln-tuning", "prompt-tuning", "prefix-tuning", "p-tuning mlp", "svft everywhere", "adapter"]
@@ -160,7 +162,7 @@ def train_steps(
     return found
 
 
-@pytest.mark.parametrize("recorder", [EagerRecorder(), TapeRecorder()], ids=["again", "tape"])
+@pytest.mark.parametrize("recorder", RECORDERS)
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_replayed_steps_train_alike(form: str, share: bool, recorder: Recorder, llama: TinyModel) -> None:
@@ -188,6 +190,7 @@ def test_dropout_follows_the_step(llama: TinyModel) -> None:
     assert relative(found[3][1], found[2][1]) > 1e-3
 
 
+@needs_tape
 def test_fine_sizes_pad_by_less_than_a_tile(llama: TinyModel) -> None:
     bank = shake(llama.bank(small_method("lora"), (1,)))
     ledger, step = Ledger(Scope(), on=False), StepGraphs(llama.decoder, bank, TapeRecorder(), fine=True)
@@ -320,7 +323,10 @@ def test_counted_steps_count_what_is_not_padded(llama: TinyModel) -> None:
     assert counted.tokens == [23, 23] and set(counted.clock.read()[0]) == {"backward"}
 
 
-@pytest.mark.parametrize(("graphs", "seeds"), [(EagerRecorder(), (0, 1)), ("on", (0,))], ids=["again", "tape"])
+@pytest.mark.parametrize(
+    ("graphs", "seeds"),
+    [pytest.param(EagerRecorder(), (0, 1), id="again"), pytest.param("on", (0,), marks=needs_tape, id="tape")],
+)
 def test_a_killed_training_ends_with_the_same_bits(graphs: Any, seeds: tuple[int, ...], tmp_path: Path) -> None:
     """Recorded anew after each kill, and its first step counted again: packs of several sizes, dropout, one run or
     two. On a CPU a step is computed to the same bits with a recording and without."""
@@ -356,6 +362,7 @@ def test_auto_leaves_large_packs_alone(llama: TinyModel, monkeypatch: pytest.Mon
     assert step.takes([small, small]) and not step.takes([small, large])
 
 
+@needs_tape
 def test_choices(llama: TinyModel) -> None:
     bank = llama.bank(small_method("lora"), (1,))
     for choice in ("auto", "off"):

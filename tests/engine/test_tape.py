@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftdyno.engine.tape import TapeRecorder
-from peftdyno.kernels import cpu
+from peftdyno.engine.tape import TapeRecorder, unavailable
 from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.lora_linear import BACKWARD, FORWARD
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
 
 
 def repeats(compute: Callable[[Tensor], Tensor], *shape: int) -> None:
@@ -107,7 +108,6 @@ def test_values_read_on_the_host_are_refused(read: Callable[[Tensor], object]) -
         TapeRecorder().record(compute)
 
 
-@pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ extension, which counts memory, is not built")
 def test_what_nobody_reads_again_is_freed() -> None:
     size = 1 << 20
     x = torch.randn(size)

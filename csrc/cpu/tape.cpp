@@ -1,0 +1,61 @@
+#include "tape.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/as_strided.h>
+
+namespace peftdyno {
+namespace {
+
+Tensor seen(const Tensor& whole, const std::optional<Geometry>& view) {
+  return view ? at::as_strided(whole, view->sizes, view->strides, view->offset) : whole;
+}
+
+void put(torch::jit::Stack& stack, const TapeInput& input, Tensor value) {
+  c10::IValue& argument = stack[input.argument];
+  if (input.element < 0)
+    argument = std::move(value);
+  else
+    argument.toList().set(input.element, std::move(value));
+}
+
+// The tensors of a call's results, in their order, into their slots.
+void keep(const torch::jit::Stack& stack, const std::vector<int64_t>& places, std::vector<Tensor>& slots) {
+  auto place = places.begin();
+  const auto next = [&](const Tensor& made) {
+    const int64_t slot = *place++;
+    if (slot >= 0) slots[slot] = made;
+  };
+  for (const c10::IValue& value : stack) {
+    if (value.isTensor()) {
+      next(value.toTensor());
+    } else if (value.isTensorList()) {
+      for (const Tensor& made : value.toTensorVector()) next(made);
+    }
+  }
+}
+
+}  // namespace
+
+void Tape::add(const c10::OperatorHandle& op, torch::jit::Stack arguments, std::vector<TapeInput> inputs,
+               TapeResults results) {
+  calls_.push_back({op, std::move(arguments), std::move(inputs), std::move(results)});
+}
+
+void Tape::run(Tensor& out, int64_t last, const std::optional<Geometry>& view) const {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  std::vector<Tensor> slots(num_slots_);
+  torch::jit::Stack stack;
+  for (const Call& call : calls_) {
+    stack.assign(call.arguments.begin(), call.arguments.end());
+    for (const TapeInput& input : call.inputs) put(stack, input, seen(slots[input.slot], input.view));
+    call.op.callBoxed(stack);
+    keep(stack, call.results.slots, slots);
+    stack.clear();
+    for (const TapeInput& input : call.inputs)
+      if (input.element >= 0) call.arguments[input.argument].toList().set(input.element, Tensor());  // shared with it
+    for (const int64_t slot : call.results.ended) slots[slot].reset();
+  }
+  if (last >= 0) out.copy_(seen(slots[last], view));
+}
+
+}  // namespace peftdyno

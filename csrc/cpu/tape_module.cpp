@@ -1,0 +1,48 @@
+// The tape as Python has it: arguments are given as torch's operators take them.
+#include "tape_module.h"
+
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+#include "tape.h"
+
+namespace peftdyno {
+namespace {
+
+namespace py = pybind11;
+using GivenGeometry = std::optional<std::tuple<std::vector<int64_t>, std::vector<int64_t>, int64_t>>;
+using GivenInput = std::tuple<int64_t, int64_t, int64_t, GivenGeometry>;
+
+std::optional<Geometry> geometry_of(const GivenGeometry& given) {
+  if (!given) return std::nullopt;
+  const auto& [sizes, strides, offset] = *given;
+  return Geometry{sizes, strides, offset};
+}
+
+void add_call(Tape& tape, const std::string& name, const std::string& overload, const py::tuple& args,
+              const py::dict& kwargs, const std::vector<GivenInput>& given, std::vector<int64_t> slots,
+              std::vector<int64_t> ended) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+  std::vector<TapeInput> inputs;
+  for (const auto& [argument, element, slot, view] : given)
+    inputs.push_back({argument, element, slot, geometry_of(view)});
+  const torch::jit::ToIValueAllowNumbersAsTensors numbers(true);
+  torch::jit::Stack arguments = torch::jit::createStackForSchema(
+      op.schema(), torch::jit::tuple_slice(args), py::reinterpret_borrow<py::kwargs>(kwargs), std::nullopt);
+  tape.add(op, std::move(arguments), std::move(inputs), {std::move(slots), std::move(ended)});
+}
+
+}  // namespace
+
+void define_tape(py::module& m) {
+  py::class_<Tape>(m, "Tape")
+      .def(py::init<int64_t>())
+      .def("add", &add_call)
+      .def(
+          "run",
+          [](const Tape& tape, Tensor& out, int64_t last, const GivenGeometry& view) {
+            tape.run(out, last, geometry_of(view));
+          },
+          py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace peftdyno
