@@ -29,8 +29,9 @@ from peftdyno.kernels.attention import AttentionLayout
 from peftdyno.kernels.library import watched
 
 GraphChoice = Literal["auto", "on", "off"]
-LEAST_STEPS = 16
-"""New tokens below which `auto` does not record: recording costs about five steps."""
+LEAST_STEPS, LEAST_TAPED = 16, 64
+"""New tokens below which `auto` does not record, on a GPU and on a CPU: recording costs about five steps, of which a
+replay saves most on a GPU and a seventh on a CPU."""
 PADDING = -1
 """Stands for a sequence in a padded row."""
 
@@ -83,26 +84,31 @@ class CudaRecorder:
 def recorder_for(choice: GraphChoice | Recorder, device: torch.device, num_steps: int) -> Recorder | None:
     """What decoding is recorded with, or None to launch every kernel anew.
 
-    `auto` records on a GPU with Triton's kernels, where there are steps enough and nothing counts operations; on a CPU
-    a tape is made for `on` only. UserError for an unknown choice, and for `on` where a step cannot be recorded.
+    `auto` records with Triton's or the C++ kernels, where there are steps enough and nothing counts operations.
+    UserError for an unknown choice, and for `on` where a step cannot be recorded.
     """
     if not isinstance(choice, str):
         return choice
     if choice not in get_args(GraphChoice):
         raise unknown("--graphs", choice, get_args(GraphChoice))
-    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+    if choice == "off" or device.type not in ("cpu", "cuda"):
         return None
-    if device.type != "cuda":
-        if tape.unavailable():
-            raise UserError(f"--graphs on: {tape.unavailable()}")
-        return tape.TapeRecorder()
-    triton = dispatch.choose("attention", attention.FORWARD.implementations, device) == "triton"
-    counted = watched()
+    on_cpu, why = device.type == "cpu", unrecordable(device)
     if choice == "on":
-        if not triton:
-            raise UserError("--graphs on: only Triton's kernels can be recorded; give --kernels auto or triton")
-        return CudaRecorder()
-    return CudaRecorder() if triton and num_steps >= LEAST_STEPS and not counted else None
+        if why:
+            raise UserError(f"--graphs on: {why}")
+    elif why or watched() or num_steps < (LEAST_TAPED if on_cpu else LEAST_STEPS):
+        return None
+    return tape.TapeRecorder() if on_cpu else CudaRecorder()
+
+
+def unrecordable(device: torch.device) -> str:
+    """Why the device's recorder cannot record, and the remedy; empty where it can."""
+    if device.type == "cpu":
+        return tape.unavailable()
+    if dispatch.choose("attention", attention.FORWARD.implementations, device) == "triton":
+        return ""
+    return "only Triton's kernels can be recorded; give --kernels auto or triton"
 
 
 def bucket(count: int) -> int:

@@ -1,10 +1,10 @@
-"""Training steps recorded once a size of pack and replayed: on a GPU a CUDA graph, on a CPU a tape (`engine.tape`),
-which spare launching each kernel from the host.
+"""Training steps recorded once a size of pack and replayed, as CUDA graphs: no kernel is launched from the host.
 
 A recording computes one micro-batch: what the method prepares, forward pass, backward pass, and what the method carries
 back. It adds gradients to the bank's and losses to a sum on the device. Before a replay the pack, padded to the
 recording's size, the keys of the step's random streams and the work lists of attention are put where it reads them.
-Clipping and AdamW are a handful of launches, which need the norms on the host, and stay outside.
+Clipping and AdamW are a handful of launches, which need the norms on the host, and stay outside. What is other on a CPU
+is in `engine.step_tapes`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from peftdyno.engine import tape
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import SITES
 from peftdyno.engine.decoder import Decoder
-from peftdyno.engine.errors import UserError, unknown
-from peftdyno.engine.graphs import CudaRecorder, GraphChoice, Recorder
+from peftdyno.engine.errors import UserError
+from peftdyno.engine.graphs import GraphChoice, Recorder
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack_padding import PackSize, padded
-from peftdyno.kernels import attention, dispatch, replay
+from peftdyno.kernels import replay
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
 
-LEAST_STEPS = 32
-"""Steps below which `auto` does not record: each recording costs about five."""
 MOST_FLOPS = 1e12
 """Matrix FLOPs of a layer in one micro-batch above which `auto` does not record. A layer takes the host about 2 ms to
 launch forward and backward, in which a GPU of 500 TFLOP/s does this much; beyond, padding would cost more than
 launching. An estimate, not measured."""
-MOST_RECORDINGS, MOST_TAPES = 32, 128
-"""Recordings kept, the second where sizes are fine; the one not used for longest goes first."""
-SEEN_BEFORE = 2
-"""Packs of a fine size that are computed without a recording before one is made: many sizes do not come again."""
+MOST_RECORDINGS = 32
+"""Recordings kept; the one not used for longest goes first."""
 NUM_CHECKED = 2
 """Replays of a recording that are compared with the eager step: the second is the first of another pack's tables."""
 
@@ -102,7 +96,7 @@ def _put(target: Tensor, source: Tensor) -> None:
 
 
 @dataclass
-class _Recording:
+class Recording:
     """A step of one size. `pack` is where it reads; `integers` are all its integer arrays in one."""
 
     size: PackSize
@@ -113,18 +107,20 @@ class _Recording:
     num_checked: int = 0
 
     @classmethod
-    def of(cls, pack: Pack, size: PackSize, device: torch.device) -> _Recording:
-        """Buffers of a size, with a pack in them."""
-        wide = padded(pack, size)
+    def of(cls, wide: Pack, size: PackSize, device: torch.device) -> Recording:
+        """Buffers of a size, with a pack of that size in them."""
         arrays = _integers(wide)
         integers = torch.cat(arrays).to(device)
         parts = integers.split([array.numel() for array in arrays])
         return cls(size, _with_integers(wide, parts, wide.labels.weight.to(device)), integers)
 
-    def replay(self, pack: Pack) -> None:
+    def nbytes(self) -> int:
+        """Bytes of the arrays that it reads."""
+        return self.integers.nbytes + self.pack.labels.weight.nbytes
+
+    def replay(self, wide: Pack) -> None:
         """Compute another pack of the same size."""
         assert self.again is not None, "replayed before it is recorded"
-        wide = padded(pack, self.size)
         _put(self.integers, torch.cat(_integers(wide)))
         _put(self.pack.labels.weight, wide.labels.weight)
         self.pack.layout.segments.copy_(wide.layout.segments)
@@ -169,11 +165,7 @@ class StepGraphs:
     bank: AdapterBank
     recorder: Recorder
     choice: GraphChoice = "on"
-    fine: bool = False
-    """Whether packs are padded by a few rows only, to one of many sizes (`PackSize.of`). Then the step without a
-    recording computes the padding too, so that its results are those of the replay to the bit."""
-    seen: dict[PackSize, int] = field(default_factory=dict)
-    recordings: dict[PackSize, _Recording] = field(default_factory=dict)
+    recordings: dict[PackSize, Recording] = field(default_factory=dict)
     complaint: str = ""
 
     def __post_init__(self) -> None:
@@ -183,7 +175,9 @@ class StepGraphs:
     def takes(self, packs: Sequence[Pack]) -> bool:
         """Whether a step is replayed, all its packs or none: not where there is no label, and by `auto` not where
         computing takes longer than launching. It follows from the packs, so a resumed training replays the same."""
-        return not self.complaint and all(p.labels.run_offsets[-1] > 0 and self._pays(p) for p in packs)
+        return not self.complaint and all(
+            p.labels.run_offsets[-1] > 0 and (self.choice != "auto" or self.pays(p)) for p in packs
+        )
 
     def forward_backward(self, packs: Sequence[Pack], step: int, ledger: Ledger) -> tuple[list[float], int]:
         """Gradients of a step's packs into the bank's; each run's loss and the number of tokens that count.
@@ -196,59 +190,59 @@ class StepGraphs:
             self.bank.zero_grad()
             self.sums.zero_()
             self.keyed.fill(step)
-            for pack in packs:
-                ledger.see(pack)
-                self._add(pack)
+            for i, pack in enumerate(packs):
+                self.add(pack, ledger, first=i == 0)
             return self.sums.tolist(), sum(pack.num_tokens for pack in packs)
 
-    def _pays(self, pack: Pack) -> bool:
-        if self.choice != "auto":
-            return True
-        size, layer = self._size(pack), self.decoder.weights.layers[0]
+    def computed(self, packs: Sequence[Pack]) -> Sequence[Pack]:
+        """The packs as a step that counts computes them: without padding."""
+        return packs
+
+    def pays(self, pack: Pack) -> bool:
+        """Whether `auto` records a pack."""
+        size, layer = PackSize.of(pack), self.decoder.weights.layers[0]
         weights = sum(w.shape[0] * w.shape[1] for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
         return 4 * size.offsets(size.rows)[-1] * weights <= MOST_FLOPS
 
-    def _size(self, pack: Pack) -> PackSize:
-        return PackSize.of(pack, fine=self.fine)
-
-    def _add(self, pack: Pack) -> None:
-        size = self._size(pack)
-        if self.fine and size not in self.recordings:
-            self.seen[size] = self.seen.get(size, 0) + 1
-            if self.seen[size] <= SEEN_BEFORE:
-                self._eager(pack)
-                return
+    def add(self, pack: Pack, ledger: Ledger, *, first: bool) -> None:
+        """Add a pack's gradients and losses; `first` where none of the step's were added before."""
+        ledger.see(pack)
+        size = PackSize.of(pack)
         recording = self.recordings.pop(size, None)
         if recording is not None and recording.num_checked == NUM_CHECKED:
             self.recordings[size] = recording
-            recording.replay(pack)
+            recording.replay(padded(pack, size))
         elif self.complaint:
-            self._eager(pack)
+            self.launch(pack)
         else:
-            self._add_checked(pack, recording)
+            self._add_checked(pack, size, recording)
 
-    def _add_checked(self, pack: Pack, recording: _Recording | None) -> None:
+    def _add_checked(self, pack: Pack, size: PackSize, recording: Recording | None) -> None:
         """A pack by its recording, made where there is none, once it is seen to give what the eager step gives."""
         kept = self._results()
         try:
-            expected = self._alone(lambda: self._eager(pack))
-            recording = recording or self._recorded(pack)
-            found = self._alone(lambda: recording.replay(pack))
-            _check_same(found, expected, self.decoder.dtype)
+            expected = self._alone(lambda: self.launch(pack))
+            recording = recording or self.recorded(padded(pack, size), size)
+            found = self._alone(lambda: recording.replay(padded(pack, size)))
+            check_same(found, expected, self.decoder.dtype)
         except RuntimeError as error:
             self._restore(kept)
-            self._give_up(error)
+            self.give_up(error)
         if self.complaint:  # the failed attempt's tensors are gone by now
-            self._eager(pack)
+            self.launch(pack)
             return
         assert recording is not None, "made above"
-        recording.num_checked += 1
-        self.recordings[recording.size] = recording
-        while len(self.recordings) > (MOST_TAPES if self.fine else MOST_RECORDINGS):
-            del self.recordings[next(iter(self.recordings))]
+        self.keep(recording, MOST_RECORDINGS)
         self._restore([before + own for before, own in zip(kept, found, strict=True)])
 
-    def _give_up(self, error: RuntimeError) -> None:
+    def keep(self, recording: Recording, most: int) -> None:
+        """Keep a recording that was seen to be right once more, and no more than so many."""
+        recording.num_checked += 1
+        self.recordings[recording.size] = recording
+        while len(self.recordings) > most:
+            del self.recordings[next(iter(self.recordings))]
+
+    def give_up(self, error: RuntimeError) -> None:
         """Forget all recordings; an error unless `auto` may go on without."""
         self.recordings.clear()
         self.keyed.state.clear()
@@ -260,20 +254,20 @@ class StepGraphs:
         self.complaint = f"training goes on without recorded steps: {why}"
         warnings.warn(self.complaint, stacklevel=2)
 
-    def _recorded(self, pack: Pack) -> _Recording:
-        recording = _Recording.of(pack, self._size(pack), self.decoder.device)
+    def recorded(self, wide: Pack, size: PackSize) -> Recording:
+        """A recording of a size, made with a pack of it, which is added."""
+        recording = Recording.of(wide, size, self.decoder.device)
         with replay.recording(recording.tables):
             recording.again = self.recorder.record(lambda: self._run(recording))
         self.keyed.state.clear()
         return recording
 
-    def _run(self, recording: _Recording) -> Tensor:
+    def _run(self, recording: Recording) -> Tensor:
         """What is recorded; every result lies in the bank's gradient and in the sums."""
         return self._compute(self.keyed, recording.pack)
 
-    def _eager(self, pack: Pack) -> None:
-        """The same for a pack, every kernel launched."""
-        pack = padded(pack, self._size(pack)) if self.fine else pack
+    def launch(self, pack: Pack) -> None:
+        """Add a pack, every kernel launched."""
         self.bank.step = self.keyed.step
         self._compute(self.bank, pack.to(self.decoder.device))
         self.bank.state.clear()
@@ -301,7 +295,7 @@ class StepGraphs:
         return self._results()
 
 
-def _check_same(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+def check_same(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
     """RuntimeError where a run's gradient or loss is another, by more than the square root of the dtype's rounding:
     padding changes how products are divided, and a gradient is a small difference of many rounded terms."""
     for name, ours, theirs in zip(("gradient", "loss"), found, expected, strict=True):
@@ -312,54 +306,3 @@ def _check_same(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torc
                     f"a replayed training step differs from the eager step (the {name} of run {run} by {gap:.3g} of"
                     f" {norm:.3g})"
                 )
-
-
-def step_graphs(
-    choice: GraphChoice | Recorder, decoder: Decoder, bank: AdapterBank, num_steps: int
-) -> StepGraphs | None:
-    """What a training of so many steps replays, or None to launch every kernel.
-
-    `auto` records on a GPU with Triton's kernels, where the method and the activation policy allow it; on a CPU it does
-    not, for the predicted memory of a step is that of the pack without padding. UserError for an unknown choice, and
-    for `on` where a step cannot be recorded.
-    """
-    if isinstance(choice, str) and choice not in get_args(GraphChoice):
-        raise unknown("--graphs", choice, get_args(GraphChoice))
-    on_cpu = decoder.device.type == "cpu"
-    if choice == "off" or (choice == "auto" and on_cpu):
-        return None
-    why = _unrecordable(decoder, bank, of_device=isinstance(choice, str))
-    if why:
-        if choice == "auto":
-            return None
-        raise UserError(f"--graphs on: {why}")
-    if not isinstance(choice, str):
-        return StepGraphs(decoder, bank, choice)
-    if choice == "auto" and num_steps < LEAST_STEPS:
-        return None
-    return StepGraphs(decoder, bank, tape.TapeRecorder() if on_cpu else CudaRecorder(), choice, fine=on_cpu)
-
-
-def _unrecordable(decoder: Decoder, bank: AdapterBank, *, of_device: bool) -> str:
-    """Why a step cannot be recorded, and the remedy; empty where it can."""
-    reason = _unrecordable_here(decoder, bank) if of_device else ""
-    if reason:
-        return reason
-    if decoder.activations != "keep":
-        return f"--activations {decoder.activations} cannot be recorded; give --activations keep, or --graphs off"
-    reason = next(filter(None, (method.unrecordable() for method in bank.methods)), "")
-    return f"{reason}; give --graphs auto or off" if reason else ""
-
-
-def _unrecordable_here(decoder: Decoder, bank: AdapterBank) -> str:
-    """Why the device's own recorder cannot, and the remedy; empty where it can."""
-    if decoder.device.type != "cuda":
-        if bank.num_runs == 1:
-            return tape.unavailable()
-        return (
-            "on a CPU steps of several runs together are not recorded; give --graphs auto or off, or train one seed at"
-            " a time"
-        )
-    if dispatch.choose("attention", attention.FORWARD.implementations, decoder.device) == "triton":
-        return ""
-    return "only Triton's kernels can be recorded; give --kernels auto or triton"

@@ -45,11 +45,9 @@ class _Call:
 
 def unavailable() -> str:
     """Why no tape can be made here, and the remedy; empty where one can."""
-    if cpu.AVAILABLE:
+    if cpu.AVAILABLE and dispatch.current() in ("auto", "cpu"):
         return ""
-    return (
-        "the C++ kernels, which replay steps, are not built; install with a C++ compiler, or give --graphs auto or off"
-    )
+    return "only the C++ kernels can be recorded; install with a C++ compiler and give --kernels auto, or --graphs off"
 
 
 class TapeRecorder:

@@ -24,7 +24,8 @@ from peftdyno.engine.graphs import GraphChoice, Recorder
 from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_norms
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack import Sequence as PackSequence
-from peftdyno.engine.step_graphs import StepGraphs, step_graphs
+from peftdyno.engine.recorded_steps import step_graphs
+from peftdyno.engine.step_graphs import StepGraphs
 
 SharePrefix = Literal["auto", "on", "off"]
 
@@ -189,8 +190,8 @@ def forward_backward(
     """
     if graphs is None or not graphs.takes(packs):
         return _launched(decoder, bank, packs, step, ledger)
-    if ledger.counting:  # as it is without padding; the results are the replay's, whichever steps are counted
-        _launched(decoder, bank, packs, step, ledger)
+    if ledger.counting:  # the results are the replay's, whichever steps are counted
+        _launched(decoder, bank, graphs.computed(packs), step, ledger)
         ledger = Ledger(decoder.scope, on=False)
     return graphs.forward_backward(packs, step, ledger)
 

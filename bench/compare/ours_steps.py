@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,15 @@ from peftdyno.engine.adapters import method_class
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.families import Family
+from peftdyno.engine.graphs import GraphChoice
 from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_norms
 from peftdyno.engine.pack import Pack, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.panels import held_bytes, packed_weights
+from peftdyno.engine.recorded_steps import LEAST_TAPED, step_graphs
 from peftdyno.engine.sources import DTYPES, load_model
-from peftdyno.engine.step_graphs import NUM_CHECKED, SEEN_BEFORE, StepGraphs, step_graphs
+from peftdyno.engine.step_graphs import NUM_CHECKED, StepGraphs
+from peftdyno.engine.step_tapes import SEEN_BEFORE
 from peftdyno.engine.train import forward_backward
 
 
@@ -65,7 +67,6 @@ class OurSteps:
     dtype: str = "bf16"
     recorded: StepGraphs | None = None
     """What steps are replayed from, where they are."""
-    kept: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
@@ -100,15 +101,11 @@ class OurSteps:
         """Seconds of some steps."""
         return timed(lambda: self._run(steps))
 
-    def record(self) -> None:
-        """Replay steps from here on, of tapes that are made now and have been checked."""
-        self.recorded = step_graphs("on", self.decoder, self.bank, self.step)
-        self._run(len(self.packs) * (SEEN_BEFORE + NUM_CHECKED))
-
-    def hasten(self) -> None:
-        """Replay steps from here on, with panels of the weights."""
-        self.kept.enter_context(packed_weights(self.decoder, "on", backward=True))
-        self.record()
+    def settle(self, graphs: GraphChoice = "auto") -> None:
+        """Come to where a long training is: steps that it replays are recorded now and have been checked."""
+        self.recorded = step_graphs(graphs, self.decoder, self.bank, LEAST_TAPED)
+        if self.recorded is not None:
+            self._run(len(self.packs) * (SEEN_BEFORE + NUM_CHECKED))
 
     def measure_packed(self, steps: int) -> dict[str, float]:
         """Seconds of some steps after one that is not counted, with panels of the weights while they last."""

@@ -110,10 +110,12 @@ class LongTraining(OurTraining):
         self._due = 0
         threading.Thread(target=self._go, daemon=True).start()
 
-    def advance(self, steps: int) -> dict[str, float]:
-        """Seconds of the next steps, the first of which is not counted; units are runs' examples."""
-        self._asked.put(steps)
-        found = self._over.get()
+    def advance(self, steps: int, pack_weights: PackWeights = "off") -> dict[str, float]:
+        """Seconds of the next steps, the first of which is not counted; units are runs' examples. With panels of the
+        weights while they last where asked for, which change no result."""
+        with packed_weights(self.decoder, pack_weights, backward=True):
+            self._asked.put(steps)
+            found = self._over.get()
         if isinstance(found, Exception):
             raise found
         ends = found[-steps:]

@@ -16,48 +16,44 @@ LORA: dict[str, Any] = {"rank": 16, "alpha": 16.0, "target_modules": ["k_proj", 
 DROPOUT = 0.05
 PLAIN = "transformers + PEFT, plain loop"
 RATE = 5e-5
-HASTENED = ", --graphs on --pack-weights on"
-"""Steps replayed from a tape, weights kept in the forms that products read."""
+PACKED = ", --pack-weights on"
+"""Weights kept in the forms that products read."""
 FEW_STEPS = 2
 """Compared steps where a step takes long or there are many comparisons; the second follows the first update."""
 WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.0}, "p-tuning": {"dropout": 0.0}}
 METHOD_ROUNDS = 3
 """Rounds of a method's row at most: none of them has a goal, and there are ten."""
-MEMORY_ROUNDS = 3
+MEMORY_ROUNDS = 2
 """Rounds of the memory's row at most: peaks differ by less than a hundredth."""
 IN_PEFT = ("lora", "ia3", "ln-tuning", "prompt-tuning", "p-tuning", "prefix-tuning")
 """Methods that PEFT trains too. It has a form for what BitFit stores, but would train more than the biases."""
 
 
 def open_steps(sides: Sides, name: str, method: str, options: dict[str, Any], batch: list[Any]) -> None:
-    """Open the same steps on both sides, from the same adapter."""
+    """Open the same steps on both sides, from the same adapter; ours as they are in a long training."""
     settings = {"model": sides.model, "batches": [batch], "learning_rate": RATE}
     sides.ours.open("ours.steps", **settings, method=method, options=options)
     sides.ours.call("save", folder=sides.folder(name))
+    sides.ours.call("settle")
     sides.reference.open("plain.steps", **settings, adapter=sides.folder(name))
 
 
 def step_rows(sides: Sides, length: int, goal: float, default_steps: int, check_steps: int) -> list[Row]:
-    """LoRA's step over 4 rows of real tokens, all labelled, against the plain loop: as it is, and with all that
-    takes memory or padding."""
+    """LoRA's step over 4 rows of real tokens, all labelled, against the plain loop: as it is, and with panels."""
     name = f"LoRA step, 4 x {length} tokens, all labelled, dropout {DROPOUT}"
     batch = text_batch(4, length, sides.classification.train)
     check = sides.check_plain("lora", {**LORA, "dropout": 0.0}, [batch], f"step-{length}", check_steps)
     open_steps(sides, f"step-{length}", "lora", {**LORA, "dropout": DROPOUT}, batch)
     steps = sides.plan.steps_or(default_steps)
     sides.tell(f"  {name}: {sides.plan.repeats} rounds of {steps} steps")
-    with sides.another("ours, hastened") as hastened:
-        settings = {"model": sides.model, "batches": [batch], "learning_rate": RATE}
-        hastened.open("ours.steps", **settings, method="lora", options={**LORA, "dropout": DROPOUT})
-        hastened.call("hasten")
-        samples = in_turns(
-            {
-                "": lambda _: sides.ours.call("measure", steps=steps),
-                "reference": lambda _: sides.reference.call("measure", steps=steps),
-                HASTENED: lambda _: hastened.call("measure", steps=steps),
-            },
-            sides.plan.repeats,
-        )
+    samples = in_turns(
+        {
+            "": lambda _: sides.ours.call("measure", steps=steps),
+            "reference": lambda _: sides.reference.call("measure", steps=steps),
+            PACKED: lambda _: sides.ours.call("measure_packed", steps=steps),
+        },
+        sides.plan.repeats,
+    )
     return [
         Row(
             workload=name + form,
@@ -68,7 +64,7 @@ def step_rows(sides: Sides, length: int, goal: float, default_steps: int, check_
             goal=goal,
             check=check,
         )
-        for form in ("", HASTENED)
+        for form in ("", PACKED)
     ]
 
 
@@ -127,7 +123,7 @@ def _allocated_rows(traced: dict[str, dict[str, int] | None]) -> list[Row]:
         **{name: (total,) for name, total in totals.items()},
         note=f"MB held before + most allocated in the step: {parts}; one measurement",
     )
-    names["workload"] += ", --pack-weights on"
+    names["workload"] += PACKED
     note = f"the row before and {panels:.0f} MB of panels"
     packed = Row(**names, ours=(totals["ours"] + panels,), reference=(totals["reference"],), note=note)
     return [plain, packed]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, check_steps, check_tokens
+from peftdyno.bench.compare.link import Worker
 from peftdyno.bench.compare.rows import in_order
 from peftdyno.bench.compare.sides import CHECK_STEPS, Sides
-from peftdyno.bench.compare.step_sections import DROPOUT, HASTENED, LORA, RATE
+from peftdyno.bench.compare.step_sections import DROPOUT, LORA, PACKED, RATE
 from peftdyno.bench.compare.turns import Row, in_turns, rates
 
 BATCH = 4
@@ -25,7 +27,9 @@ RUN_STEPS = 1000
 """Steps of a run where runs an hour are stated."""
 LONG_BATCH, LONG_TOKENS, CHECK_TOKENS = 16, 256, 32
 RECORDING_STEPS = 80
-"""Steps of a training whose steps are recorded before it is timed: most of its packs' sizes have come by then."""
+"""Steps of our training before it is timed: most of its packs' sizes have come by then and are recorded."""
+LONG_TRAININGS = {"repeated": (DROPOUT, "auto"), "shared": (DROPOUT, "on"), "exact": (0.0, "auto")}
+"""Name -> dropout and --share-prefix of our trainings of one seed."""
 TUNING_STEPS, TUNING_BATCH, TUNING_RATE = 40, 8, 1e-3
 """Training of the adapter whose answers are timed, so that it answers with a label as a tuned model does."""
 
@@ -129,58 +133,58 @@ def training(sides: Sides) -> list[Row]:
     seed = SEEDS[:1]
     folders = {dropout: start_folders(sides, seed, dropout) for dropout in (DROPOUT, 0.0)}
 
-    def ours(dropout: float, share: str) -> dict[str, float]:
-        open_ours(sides, seed, dropout, share, 1 + OUR_STEPS * (steps - 1))
-        return sides.ours.call("measure")
-
     def trainer(dropout: float) -> dict[str, float]:
         open_trainer(sides, seed, folders[dropout], steps)
         return sides.reference.call("measure", run=0)
 
-    sides.tell(f"  training on {sides.classification.name}: {sides.plan.repeats} rounds of 5 settings")
     turn = 1 + OUR_STEPS * (steps - 1)
-    with sides.another("ours, hastened, prefix repeated") as repeated, sides.another("ours, hastened") as shared:
-        for worker, share in ((repeated, "off"), (shared, "on")):
-            settings = training_of(sides, "lora", {**LORA, "dropout": DROPOUT}, seed, share, RUN_STEPS)
-            worker.open("ours.long_training", **settings, graphs="on", pack_weights="on")
-            worker.call("advance", steps=max(RECORDING_STEPS, turn) if sides.plan.steps is None else turn)
+    with ExitStack() as stack:
+        ours = {name: _long_training(sides, stack, *setting, turn) for name, setting in LONG_TRAININGS.items()}
+        sides.tell(f"  training on {sides.classification.name}: {sides.plan.repeats} rounds of 5 settings")
         samples = in_turns(
             {
-                "auto": lambda _: ours(DROPOUT, "auto"),
+                "repeated": lambda _: ours["repeated"].call("advance", steps=turn),
                 "dropout": lambda _: trainer(DROPOUT),
-                "on": lambda _: ours(DROPOUT, "on"),
-                "auto, hastened": lambda _: repeated.call("advance", steps=turn),
-                "on, hastened": lambda _: shared.call("advance", steps=turn),
-                "exact": lambda _: ours(0.0, "auto"),
+                "shared": lambda _: ours["shared"].call("advance", steps=turn),
+                "repeated, packed": lambda _: ours["repeated"].call("advance", steps=turn, pack_weights="on"),
+                "shared, packed": lambda _: ours["shared"].call("advance", steps=turn, pack_weights="on"),
+                "exact": lambda _: ours["exact"].call("advance", steps=turn),
                 "no dropout": lambda _: trainer(0.0),
             },
             sides.plan.repeats,
             warm_ups=0,  # each turn's first step is not counted
         )
-    rows = []
-    repeated_prefix = f"dropout {DROPOUT}, --share-prefix auto, which with dropout is off"
-    shared_prefix = f"dropout {DROPOUT}, --share-prefix on"
-    hastened = f"{HASTENED}, after {RECORDING_STEPS} steps"
-    for which, reference, setting, share in (
-        ("auto", "dropout", repeated_prefix, "off"),
-        ("auto, hastened", "dropout", repeated_prefix + hastened, "off"),
-        ("on", "dropout", shared_prefix, "on"),
-        ("on, hastened", "dropout", shared_prefix + hastened, "on"),
-        ("exact", "no dropout", "dropout 0 on both sides, --share-prefix auto, which is then on", "on"),
-    ):
-        rows.append(
-            Row(
-                workload=f"{sides.classification.name} training, batch {BATCH}, {setting}",
-                against=TRAINER,
-                unit="examples/s",
-                ours=tuple(rates(samples[which])),
-                reference=tuple(rates(samples[reference])),
-                goal=10.0,
-                check=checks[share],
-                note=sides.classification.note,
-            )
+    repeated = f"dropout {DROPOUT}, --share-prefix auto, which with dropout is off"
+    shared = f"dropout {DROPOUT}, --share-prefix on"
+    late = f"ours from step {RECORDING_STEPS} of a training on"
+    return [
+        Row(
+            workload=f"{sides.classification.name} training, batch {BATCH}, {setting}",
+            against=TRAINER,
+            unit="examples/s",
+            ours=tuple(rates(samples[which])),
+            reference=tuple(rates(samples[reference])),
+            goal=10.0,
+            check=checks[share],
+            note="; ".join(filter(None, (late, sides.classification.note))),
         )
-    return rows
+        for which, reference, setting, share in (
+            ("repeated", "dropout", repeated, "off"),
+            ("repeated, packed", "dropout", repeated + PACKED, "off"),
+            ("shared", "dropout", shared, "on"),
+            ("shared, packed", "dropout", shared + PACKED, "on"),
+            ("exact", "no dropout", "dropout 0 on both sides, --share-prefix auto, which is then on", "on"),
+        )
+    ]
+
+
+def _long_training(sides: Sides, stack: ExitStack, dropout: float, share: str, turn: int) -> Worker:
+    """Our training of one seed, at work until most of its packs' sizes have come; in a process of its own."""
+    worker = stack.enter_context(sides.another("ours, long training"))
+    settings = training_of(sides, "lora", {**LORA, "dropout": dropout}, SEEDS[:1], share, RUN_STEPS)
+    worker.open("ours.long_training", **settings)
+    worker.call("advance", steps=max(RECORDING_STEPS, turn) if sides.plan.steps is None else turn)
+    return worker
 
 
 def seeds(sides: Sides) -> list[Row]:

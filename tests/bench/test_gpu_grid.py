@@ -11,7 +11,7 @@ from peftdyno.bench.gpu import grid
 from peftdyno.bench.gpu.hf_grid import IGNORED, Runs, padded
 from peftdyno.bench.gpu.sizes import FULL, TINY
 from peftdyno.engine.batching import training_sequences
-from peftdyno.engine.step_graphs import LEAST_STEPS
+from peftdyno.engine.recorded_steps import LEAST_STEPS
 
 
 @pytest.mark.parametrize("arrangement", [grid.TOGETHER, grid.ALL_TOGETHER, grid.ALONE])

@@ -23,6 +23,7 @@ from peftdyno.bench.step_summary import summarise
 from peftdyno.bench.store import read_record
 from peftdyno.engine.border import lay_borders
 from peftdyno.engine.panels import held_bytes
+from peftdyno.engine.tape import unavailable
 from peftdyno.kernels import cpu, memory
 
 
@@ -94,6 +95,20 @@ def test_panels_are_in_the_predicted_peak(tiny_model: Path, tiny_data: Path, tmp
     assert kept.loss == plain.loss
     if cpu.instruction_set() == "amx":
         assert held > 0
+
+
+@pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_predicted_peak_of_recorded_steps(tiny_model: Path, tiny_data: Path, tmp_path: Path, method: str) -> None:
+    """The padding is part of it, and so are the arrays that recordings read: a twentieth of this tiny model."""
+    base = load_base(str(tiny_model), "fp32", "cpu")
+    plain, replayed = (
+        finish(base, tmp_path / choice, data=tiny_data, method=method, batch=4, steps=60, graphs=choice)[0].memory
+        for choice in ("off", "on")
+    )
+    assert replayed.predicted_peak_bytes == pytest.approx(replayed.measured_peak_bytes, rel=0.01)
+    assert sum(replayed.predicted_by_category.values()) == replayed.predicted_peak_bytes
+    assert replayed.predicted_peak_bytes > plain.predicted_peak_bytes
 
 
 def test_all_steps_flops(base, tiny_data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftdyno.engine import graphs
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.generate import generate
-from peftdyno.engine.graphs import EagerRecorder, Recorder, bucket, recorder_for
+from peftdyno.engine.graphs import LEAST_TAPED, EagerRecorder, Recorder, bucket, recorder_for
 from peftdyno.engine.pack import Sequence
 from peftdyno.engine.tape import TapeRecorder, unavailable
 
@@ -130,14 +130,17 @@ def test_auto_goes_on_without_graphs_and_says_so(llama: TinyModel, monkeypatch: 
 
 
 def test_choices() -> None:
-    assert recorder_for("auto", CPU, 100) is None and recorder_for("off", CPU, 100) is None
+    assert recorder_for("auto", CPU, LEAST_TAPED - 1) is None and recorder_for("off", CPU, LEAST_TAPED) is None
+    assert recorder_for("on", torch.device("meta"), LEAST_TAPED) is None
     with pytest.raises(UserError, match="--graphs"):
         recorder_for("always", CPU, 100)  # type: ignore[arg-type]
 
 
 @needs_tape
 def test_a_tape_is_made_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(recorder_for("on", CPU, 100), TapeRecorder)
+    assert isinstance(recorder_for("on", CPU, 1), TapeRecorder)
+    assert isinstance(recorder_for("auto", CPU, LEAST_TAPED), TapeRecorder)
     monkeypatch.setattr("peftdyno.kernels.cpu.AVAILABLE", False)
-    with pytest.raises(UserError, match="not built; install with a C\\+\\+ compiler, or give --graphs auto or off"):
-        recorder_for("on", CPU, 100)
+    with pytest.raises(UserError, match="install with a C\\+\\+ compiler and give --kernels auto, or --graphs off"):
+        recorder_for("on", CPU, LEAST_TAPED)
+    assert recorder_for("auto", CPU, LEAST_TAPED) is None

@@ -25,7 +25,9 @@ from peftdyno.engine.graphs import EagerRecorder, Recorder
 from peftdyno.engine.optim import AdamW, OptimConfig
 from peftdyno.engine.pack import Pack, Sequence
 from peftdyno.engine.pack_padding import PackSize, padded
-from peftdyno.engine.step_graphs import StepGraphs, step_graphs
+from peftdyno.engine.recorded_steps import LEAST_TAPED, step_graphs
+from peftdyno.engine.step_graphs import StepGraphs
+from peftdyno.engine.step_tapes import StepTapes
 from peftdyno.engine.tape import TapeRecorder, unavailable
 from peftdyno.engine.train import TrainConfig, TrainState, forward_backward, train
 
@@ -193,7 +195,7 @@ def test_dropout_follows_the_step(llama: TinyModel) -> None:
 @needs_tape
 def test_fine_sizes_pad_by_less_than_a_tile(llama: TinyModel) -> None:
     bank = shake(llama.bank(small_method("lora"), (1,)))
-    ledger, step = Ledger(Scope(), on=False), StepGraphs(llama.decoder, bank, TapeRecorder(), fine=True)
+    ledger, step = Ledger(Scope(), on=False), StepTapes(llama.decoder, bank, TapeRecorder())
     for lengths in ([9, 14], [40, 23], [40, 24], [8, 8]) * 4:
         pack = pack_of(bank, batch(lengths))
         size = PackSize.of(pack, fine=True)
@@ -365,10 +367,11 @@ def test_auto_leaves_large_packs_alone(llama: TinyModel, monkeypatch: pytest.Mon
 @needs_tape
 def test_choices(llama: TinyModel) -> None:
     bank = llama.bank(small_method("lora"), (1,))
-    for choice in ("auto", "off"):
-        assert step_graphs(choice, llama.decoder, bank, 100) is None  # type: ignore[arg-type]
-    steps = step_graphs("on", llama.decoder, bank, 100)
-    assert steps is not None and isinstance(steps.recorder, TapeRecorder) and steps.fine
+    assert step_graphs("off", llama.decoder, bank, LEAST_TAPED) is None
+    assert step_graphs("auto", llama.decoder, bank, LEAST_TAPED - 1) is None
+    assert step_graphs("auto", llama.decoder, llama.bank(small_method("lora"), (1, 2)), LEAST_TAPED) is None
+    for steps in (step_graphs("on", llama.decoder, bank, 1), step_graphs("auto", llama.decoder, bank, LEAST_TAPED)):
+        assert isinstance(steps, StepTapes) and isinstance(steps.recorder, TapeRecorder)
     with pytest.raises(UserError, match="--graphs on: on a CPU steps of several runs together are not recorded; give"):
         step_graphs("on", llama.decoder, llama.bank(small_method("lora"), (1, 2)), 100)
     with pytest.raises(UserError, match="--graphs"):
@@ -403,7 +406,8 @@ def taken_from_host(method: Method) -> list[str]:
     decoder, bank = job.model(Scope())
     steps = StepGraphs(decoder, bank, EagerRecorder())
     pack = pack_of(bank, batch([9, 14], 2), share_prefix=True)
-    recording = graphs._Recording.of(pack, PackSize.of(pack), decoder.device)
+    size = PackSize.of(pack)
+    recording = graphs.Recording.of(padded(pack, size), size, decoder.device)
     with FromHost() as mode:
         steps._run(recording)
     return mode.found

@@ -172,9 +172,9 @@ def bits(folder: Path) -> tuple[list[dict], list[bytes]]:
     return metrics(folder), [(newest / name).read_bytes() for name in ("state.safetensors", "state.json")]
 
 
-def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
+def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path, threads):
     """kill -9 of the training process, again and again, until it gets through."""
-    torch.set_num_threads(1)
+    threads(1)
     run_job(tmp_path / "whole")
     program = [sys.executable, "-m", "tests.engine.tiny_job", str(tmp_path / "killed")]
     draw, kills = random.Random(1), 0
@@ -203,8 +203,8 @@ def _wait_for_steps(folder: Path, process: subprocess.Popen, steps: int) -> None
 
 
 @pytest.mark.parametrize("step", [3, 17, 39])
-def test_interrupted_anywhere_ends_with_the_same_bits(tmp_path, monkeypatch, step):
-    torch.set_num_threads(1)
+def test_interrupted_anywhere_ends_with_the_same_bits(tmp_path, monkeypatch, threads, step):
+    threads(1)
     run_job(tmp_path / "whole")
     real = loop.forward_backward
 

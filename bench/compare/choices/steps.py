@@ -102,7 +102,7 @@ def hastened(setting: Setting) -> list[Line]:
 def _hastened_line(setting: Setting, name: str, what: str, batches: list[list[Any]], share: bool) -> Line:
     settings = {"model": setting.model, "method": "lora", "options": WITH_DROPOUT, "learning_rate": RATE}
     plain, taped = (OurSteps(**settings, batches=batches, share_prefix=share) for _ in range(2))
-    taped.record()
+    taped.settle("on")
     steps = len(batches)
     measures: list[Measure] = [
         lambda _: plain.measure(steps),
