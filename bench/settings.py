@@ -58,8 +58,8 @@ class JobSettings(BaseModel):
     """Tokens of a sequence; longer ones are cut in the middle of the prompt, never in the answer."""
     share_prefix: Literal["auto", "on", "off"] = "auto"
     graphs: Literal["auto", "on", "off"] = "auto"
-    """Whether training steps are recorded and replayed, on a GPU as CUDA graphs; auto leaves it on a CPU and under a
-    memory limit, for recordings and their padding are not part of what is predicted."""
+    """Whether training steps are recorded and replayed, on a GPU as CUDA graphs, on a CPU as tapes; auto leaves it in
+    short trainings and under a memory limit, for recordings and their padding are not part of what a limit predicts."""
     limit_train: int | None = Field(None, ge=1)
     limit_validation: int | None = Field(256, ge=1)
     """Random rows of the validation split; null for all."""

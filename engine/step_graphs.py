@@ -120,14 +120,19 @@ class Recording:
 
     def replay(self, wide: Pack) -> None:
         """Compute another pack of the same size."""
+        again = self.read(wide)
+        with replay.recording(self.tables):
+            again()
+
+    def read(self, wide: Pack) -> Callable[[], Tensor]:
+        """Put another pack of the same size where the recording reads it, which is then to be called."""
         assert self.again is not None, "replayed before it is recorded"
         _put(self.integers, torch.cat(_integers(wide)))
         _put(self.pack.labels.weight, wide.labels.weight)
         self.pack.layout.segments.copy_(wide.layout.segments)
         self.pack.layout.chain.copy_(wide.layout.chain)
         self.tables.fill()
-        with replay.recording(self.tables):
-            self.again()
+        return self.again
 
 
 def _integers(pack: Pack) -> list[Tensor]:
@@ -171,6 +176,7 @@ class StepGraphs:
     def __post_init__(self) -> None:
         self.keyed = _GivenKeys.like(self.bank)
         self.sums = torch.zeros(self.bank.num_runs, device=self.bank.flat.device)
+        self.quiet = Ledger(self.decoder.scope, on=False)
 
     def takes(self, packs: Sequence[Pack]) -> bool:
         """Whether a step is replayed, all its packs or none: not where there is no label, and by `auto` not where
@@ -185,14 +191,22 @@ class StepGraphs:
         Both passes are charged to phase `backward`, for a replay is one launch. UserError where graphs were asked for
         and cannot be had.
         """
-        self.bank.state.clear()  # a live graph of its tensors would be recorded with them
         with ledger.phase("backward"):
-            self.bank.zero_grad()
-            self.sums.zero_()
-            self.keyed.fill(step)
+            self.start(step)
             for i, pack in enumerate(packs):
                 self.add(pack, ledger, first=i == 0)
             return self.sums.tolist(), sum(pack.num_tokens for pack in packs)
+
+    def start(self, step: int) -> None:
+        """Begin a step: no gradients, no losses, its random streams."""
+        self.bank.state.clear()  # a live graph of its tensors would be recorded with them
+        self.clear()
+        self.keyed.fill(step)
+
+    def clear(self) -> None:
+        """No gradients, no losses."""
+        self.bank.zero_grad()
+        self.sums.zero_()
 
     def computed(self, packs: Sequence[Pack]) -> Sequence[Pack]:
         """The packs as a step that counts computes them: without padding."""
@@ -213,7 +227,7 @@ class StepGraphs:
             self.recordings[size] = recording
             recording.replay(padded(pack, size))
         elif self.complaint:
-            self.launch(pack)
+            self.launch(pack, self.quiet)
         else:
             self._add_checked(pack, size, recording)
 
@@ -221,7 +235,7 @@ class StepGraphs:
         """A pack by its recording, made where there is none, once it is seen to give what the eager step gives."""
         kept = self._results()
         try:
-            expected = self._alone(lambda: self.launch(pack))
+            expected = self._alone(lambda: self.launch(pack, self.quiet))
             recording = recording or self.recorded(padded(pack, size), size)
             found = self._alone(lambda: recording.replay(padded(pack, size)))
             check_same(found, expected, self.decoder.dtype)
@@ -229,7 +243,7 @@ class StepGraphs:
             self._restore(kept)
             self.give_up(error)
         if self.complaint:  # the failed attempt's tensors are gone by now
-            self.launch(pack)
+            self.launch(pack, self.quiet)
             return
         assert recording is not None, "made above"
         self.keep(recording, MOST_RECORDINGS)
@@ -264,17 +278,23 @@ class StepGraphs:
 
     def _run(self, recording: Recording) -> Tensor:
         """What is recorded; every result lies in the bank's gradient and in the sums."""
-        return self._compute(self.keyed, recording.pack)
+        return self._backward(self.keyed, recording.pack, self._losses(self.keyed, recording.pack))
 
-    def launch(self, pack: Pack) -> None:
+    def launch(self, pack: Pack, ledger: Ledger) -> None:
         """Add a pack, every kernel launched."""
         self.bank.step = self.keyed.step
-        self._compute(self.bank, pack.to(self.decoder.device))
+        pack = pack.to(self.decoder.device)
+        with ledger.phase("forward"):
+            losses = self._losses(self.bank, pack)
+        with ledger.phase("backward"):
+            self._backward(self.bank, pack, losses)
         self.bank.state.clear()
 
-    def _compute(self, bank: AdapterBank, pack: Pack) -> Tensor:
+    def _losses(self, bank: AdapterBank, pack: Pack) -> Tensor:
         bank.begin(bank.step, training=True)
-        losses = self.decoder.losses(pack, bank) * pack.labels.weight
+        return self.decoder.losses(pack, bank) * pack.labels.weight
+
+    def _backward(self, bank: AdapterBank, pack: Pack, losses: Tensor) -> Tensor:
         losses.sum().backward()
         bank.finish()
         sizes = [b - a for a, b in zip(pack.labels.run_offsets, pack.labels.run_offsets[1:], strict=False)]
@@ -289,8 +309,7 @@ class StepGraphs:
 
     def _alone(self, compute: Callable[[], None]) -> list[Tensor]:
         """Gradient and sums of a computation by itself."""
-        self.bank.zero_grad()
-        self.sums.zero_()
+        self.clear()
         compute()
         return self._results()
 

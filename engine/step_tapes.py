@@ -16,6 +16,7 @@ from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack_padding import PackSize, padded
 from peftdyno.engine.step_graphs import NUM_CHECKED, Recording, StepGraphs, check_same
+from peftdyno.engine.tape import Repeated
 
 MOST_TAPES = 128
 """Recordings kept; the one not used for longest goes first."""
@@ -33,6 +34,15 @@ class StepTapes(StepGraphs):
     when there is nothing to add to, so that no gradient is kept beside the bank's."""
 
     seen: dict[PackSize, int] = field(default_factory=dict)
+
+    def forward_backward(self, packs: Sequence[Pack], step: int, ledger: Ledger) -> tuple[list[float], int]:
+        """Gradients of a step's packs into the bank's; each run's loss and the number of tokens that count. UserError
+        where recordings were asked for and cannot be had."""
+        with ledger.phase("forward", owner="adapter", layer=-1):
+            self.start(step)
+        for i, pack in enumerate(packs):
+            self.add(pack, ledger, first=i == 0)
+        return self.sums.tolist(), sum(pack.num_tokens for pack in packs)
 
     def computed(self, packs: Sequence[Pack]) -> Sequence[Pack]:
         """The packs with their padding."""
@@ -52,36 +62,33 @@ class StepTapes(StepGraphs):
         if recording is not None:
             self.recordings[size] = recording  # the one used last
         if recording is not None and recording.num_checked == NUM_CHECKED:
-            recording.replay(wide)
+            _replay(recording, wide, ledger)
         elif self.complaint or not first or self.seen[size] <= SEEN_BEFORE:
-            self.launch(wide)
+            self.launch(wide, ledger)
         else:
-            self._add_alone(wide, size, recording)
+            with ledger.phase("backward"):
+                self._add_alone(wide, size, recording)
             ledger.recording_bytes = sum(r.nbytes() for r in self.recordings.values())
 
     def _add_alone(self, wide: Pack, size: PackSize, recording: Recording | None) -> None:
         """The first pack of a step by its recording, made where there is none, once it is seen to give what the step
         without it gives."""
         try:
-            self.launch(wide)
+            self.launch(wide, self.quiet)
             expected = self._sketch()
-            self._clear()
+            self.clear()
             recording = recording or self.recorded(wide, size)
-            self._clear()
+            self.clear()
             recording.replay(wide)
             check_same(self._sketch(), expected, self.decoder.dtype)
         except RuntimeError as error:
-            self._clear()
+            self.clear()
             self.give_up(error)
         if self.complaint:
-            self.launch(wide)
+            self.launch(wide, self.quiet)
             return
         assert recording is not None, "made above"
         self.keep(recording, MOST_TAPES)
-
-    def _clear(self) -> None:
-        self.bank.zero_grad()
-        self.sums.zero_()
 
     def _sketch(self) -> list[Tensor]:
         """Sums of neighbours in each run's gradient, [R, P / 64], and the losses."""
@@ -90,3 +97,13 @@ class StepTapes(StepGraphs):
         whole, rest = gradient[:, : count * SKETCHED], gradient[:, count * SKETCHED :]
         sums = whole.reshape(runs, count, SKETCHED).sum(2), rest.sum(1, keepdim=True)
         return [torch.cat(sums, dim=1), self.sums.clone()]
+
+
+def _replay(recording: Recording, wide: Pack, ledger: Ledger) -> None:
+    """Another pack of a recording's size, its two passes charged apart."""
+    with ledger.phase("forward"):
+        again = recording.read(wide)
+        assert isinstance(again, Repeated), "made by a TapeRecorder"
+        again.forward()
+    with ledger.phase("backward"):
+        again.backward()

@@ -50,10 +50,38 @@ def unavailable() -> str:
     return "only the C++ kernels can be recorded; install with a C++ compiler and give --kernels auto, or --graphs off"
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A recorded call as one to call again; its result lies at the same place every time."""
+
+    tape: Any
+    num_calls: int
+    num_forward: int
+    """Calls before the first of a backward pass; all where there is none."""
+    result: Tensor
+    slot: int
+    view: Geometry | None
+
+    def __call__(self) -> Tensor:
+        """All of it."""
+        self.forward()
+        return self.backward()
+
+    def forward(self) -> None:
+        """What comes before the backward pass."""
+        self.tape.run(0, self.num_forward)
+
+    def backward(self) -> Tensor:
+        """The rest."""
+        self.tape.run(self.num_forward, self.num_calls)
+        self.tape.give(self.result, self.slot, self.view)
+        return self.result
+
+
 class TapeRecorder:
     """Records calls on the CPU (see `engine.graphs.Recorder`), for the compiled extension to repeat."""
 
-    def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(self, call: Callable[[], Tensor]) -> Repeated:
         """The repeated call; RuntimeError where it reads a value on the host."""
         heard = _Heard()
         with _Listening(heard):
@@ -78,6 +106,7 @@ class _Heard:
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
+        self.num_forward: int | None = None
         self.slots: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self.made: list[Geometry] = []
         self.hole = torch.empty(0)
@@ -93,6 +122,8 @@ class _Heard:
         writes = any(
             argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
         )
+        if self.num_forward is None and torch._C._current_graph_task_id() != NOWHERE:
+            self.num_forward = len(self.calls)  # within a backward pass from here on
         if writes or any(slot != NOWHERE for slot in outputs):
             self.calls.append(_Call(_below(func, args), given, kwargs, inputs, outputs))
 
@@ -124,21 +155,17 @@ class _Heard:
         self.made.append(_geometry(tensor))
         return slot
 
-    def repeated(self, out: Tensor) -> Callable[[], Tensor]:
+    def repeated(self, out: Tensor) -> Repeated:
         """All calls as one; its result lies where `out` does."""
-        last = self._slot(out)
-        view = None if last == NOWHERE else self._geometry(last, out)
-        tape, result = cpu.extension().Tape(len(self.made)), out.detach()
-        for call, ended in zip(self.calls, self._ends(last), strict=True):
+        slot, count = self._slot(out), len(self.calls)
+        view = None if slot == NOWHERE else self._geometry(slot, out)
+        tape = cpu.extension().Tape(len(self.made))
+        for call, ended in zip(self.calls, self._ends(slot), strict=True):
             schema = call.operator._schema
             name = schema.name, schema.overload_name
             tape.add(*name, call.args, call.kwargs, call.inputs, call.outputs, ended)
-
-        def again() -> Tensor:
-            tape.run(result, last, view)
-            return result
-
-        return again
+        num_forward = count if self.num_forward is None else self.num_forward
+        return Repeated(tape, count, num_forward, out.detach(), slot, view)
 
     def _ends(self, last: int) -> list[list[int]]:
         """For each call the slots that nobody reads after it; the last one is kept."""

@@ -52,7 +52,9 @@ SharePrefix = Annotated[
 ]
 Graphs = Annotated[
     str | None,
-    typer.Option("--graphs", help="Record training steps and replay them: auto (on a GPU), on, off.", metavar="WHEN"),
+    typer.Option(
+        "--graphs", help="Record training steps and replay them: auto (in long trainings), on, off.", metavar="WHEN"
+    ),
 ]
 LimitTrain = Annotated[int | None, typer.Option("--limit-train", help="Random rows to train on; all by default.")]
 LimitValidation = Annotated[

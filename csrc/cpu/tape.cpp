@@ -41,21 +41,33 @@ void Tape::add(const c10::OperatorHandle& op, torch::jit::Stack arguments, std::
   calls_.push_back({op, std::move(arguments), std::move(inputs), std::move(results)});
 }
 
-void Tape::run(Tensor& out, int64_t last, const std::optional<Geometry>& view) const {
+void Tape::repeat(const Call& call, torch::jit::Stack& stack) {
+  stack.assign(call.arguments.begin(), call.arguments.end());
+  for (const TapeInput& input : call.inputs) put(stack, input, seen(slots_[input.slot], input.view));
+  call.op.callBoxed(stack);
+  keep(stack, call.results.slots, slots_);
+  stack.clear();
+  for (const TapeInput& input : call.inputs)
+    if (input.element >= 0) call.arguments[input.argument].toList().set(input.element, Tensor());  // shared with it
+  for (const int64_t slot : call.results.ended) slots_[slot].reset();
+}
+
+void Tape::run(int64_t begin, int64_t end) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  std::vector<Tensor> slots(num_slots_);
+  if (begin == 0) slots_.assign(num_slots_, Tensor());
   torch::jit::Stack stack;
-  for (const Call& call : calls_) {
-    stack.assign(call.arguments.begin(), call.arguments.end());
-    for (const TapeInput& input : call.inputs) put(stack, input, seen(slots[input.slot], input.view));
-    call.op.callBoxed(stack);
-    keep(stack, call.results.slots, slots);
-    stack.clear();
-    for (const TapeInput& input : call.inputs)
-      if (input.element >= 0) call.arguments[input.argument].toList().set(input.element, Tensor());  // shared with it
-    for (const int64_t slot : call.results.ended) slots[slot].reset();
+  try {
+    for (int64_t i = begin; i < end; ++i) repeat(calls_[i], stack);
+  } catch (...) {
+    slots_.clear();  // whoever tries again, with less, finds no memory held
+    throw;
   }
-  if (last >= 0) out.copy_(seen(slots[last], view));
+}
+
+void Tape::give(Tensor& out, int64_t slot, const std::optional<Geometry>& view) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (slot >= 0) out.copy_(seen(slots_[slot], view));
+  slots_.clear();
 }
 
 }  // namespace peftdyno

@@ -36,8 +36,11 @@ class Tape {
   void add(const c10::OperatorHandle& op, torch::jit::Stack arguments, std::vector<TapeInput> inputs,
            TapeResults results);
 
-  // Repeat all calls; `out` is overwritten with what slot `last` then holds, or a view of it.
-  void run(Tensor& out, int64_t last, const std::optional<Geometry>& view) const;
+  // Repeat the calls from `begin` on, before `end`; slots are empty at the first call.
+  void run(int64_t begin, int64_t end);
+
+  // Overwrite `out` with what a slot holds, or a view of it (-1 for nothing), and empty all slots.
+  void give(Tensor& out, int64_t slot, const std::optional<Geometry>& view);
 
  private:
   struct Call {
@@ -47,8 +50,11 @@ class Tape {
     TapeResults results;
   };
 
+  void repeat(const Call& call, torch::jit::Stack& stack);
+
   const int64_t num_slots_;
   std::vector<Call> calls_;
+  std::vector<Tensor> slots_;
 };
 
 }  // namespace peftdyno

@@ -37,12 +37,10 @@ void define_tape(py::module& m) {
   py::class_<Tape>(m, "Tape")
       .def(py::init<int64_t>())
       .def("add", &add_call)
-      .def(
-          "run",
-          [](const Tape& tape, Tensor& out, int64_t last, const GivenGeometry& view) {
-            tape.run(out, last, geometry_of(view));
-          },
-          py::call_guard<py::gil_scoped_release>());
+      .def("run", &Tape::run, py::call_guard<py::gil_scoped_release>())
+      .def("give", [](Tape& tape, Tensor& out, int64_t slot, const GivenGeometry& view) {
+        tape.give(out, slot, geometry_of(view));
+      });
 }
 
 }  // namespace peftdyno

@@ -136,3 +136,17 @@ def test_auto_takes_small_packs(llama: TinyModel, monkeypatch: pytest.MonkeyPatc
     assert tapes.takes([small]) and not tapes.takes([small, large])
     tapes.choice = "on"
     assert tapes.takes([small, large])
+
+
+def test_both_passes_are_charged(llama: TinyModel) -> None:
+    """With a recording and without: seconds stand under forward and backward as they do in any step."""
+    tapes = steps_of(llama, "lora", TapeRecorder())
+    ledger = Ledger.of(llama.decoder, tapes.bank)
+    pack = pack_of(tapes.bank, random_sequences([9, 14]))
+    for step in range(SEEN_BEFORE + step_tapes.NUM_CHECKED + 2):
+        forward_backward(llama.decoder, tapes.bank, [pack], step, ledger, tapes)
+        ledger.end_step()
+    launched, *_, replayed = ledger.clock.read()
+    assert set(launched) == set(replayed) == {"forward", "backward"}
+    (recording,) = tapes.recordings.values()
+    assert 0 < recording.again.num_forward < recording.again.num_calls

@@ -84,7 +84,7 @@ def tokens(setting: Setting) -> list[Line]:
 
 
 HASTENED = ("as it is", "replayed", "panels", "panels, replayed")
-"""Columns: --graphs on replays, --pack-weights on keeps panels."""
+"""Columns: --graphs off launches, on replays; --pack-weights on keeps panels."""
 
 
 def hastened(setting: Setting) -> list[Line]:
