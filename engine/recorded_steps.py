@@ -12,9 +12,9 @@ from peftdyno.engine.step_graphs import StepGraphs
 from peftdyno.engine.step_tapes import StepTapes
 from peftdyno.engine.tape import TapeRecorder
 
-LEAST_STEPS, LEAST_TAPED = 32, 128
-"""Steps below which `auto` does not record, on a GPU and on a CPU: each recording costs about five, and a CPU's are of
-many sizes."""
+LEAST_STEPS, LEAST_TAPED = 32, 256
+"""Steps below which `auto` does not record, on a GPU and on a CPU: each recording costs some, and a CPU's are of many
+sizes."""
 
 
 def step_graphs(

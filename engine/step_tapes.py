@@ -71,13 +71,14 @@ class StepTapes(StepGraphs):
             ledger.recording_bytes = sum(r.nbytes() for r in self.recordings.values())
 
     def _add_alone(self, wide: Pack, size: PackSize, recording: Recording | None) -> None:
-        """The first pack of a step by its recording, made where there is none, once it is seen to give what the step
-        without it gives."""
+        """The first pack of a step by its recording, once it is seen to give what the call gave that was recorded, or,
+        where it was recorded before, what the step gives without it."""
         try:
-            self.launch(wide, self.quiet)
+            if recording is None:
+                recording = self.recorded(wide, size)
+            else:
+                self.launch(wide, self.quiet)
             expected = self._sketch()
-            self.clear()
-            recording = recording or self.recorded(wide, size)
             self.clear()
             recording.replay(wide)
             check_same(self._sketch(), expected, self.decoder.dtype)
