@@ -46,14 +46,14 @@ run: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses=$(JOBS) $(ARGS)
 
-# The kernel tests on a copy of the package whose C++ watches its addresses and for undefined behaviour. Leaks are not
-# looked for: Python keeps much until it exits. AddressSanitizer looks for libstdc++'s exceptions as it starts, before
-# Python has loaded it; so that is loaded first too.
+# The tests of kernels and tapes on a copy of the package whose C++ watches its addresses and for undefined behaviour.
+# Leaks are not looked for: Python keeps much until it exits. AddressSanitizer looks for libstdc++'s exceptions as it
+# starts, before Python has loaded it; so that is loaded first too.
 sanitize: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" PEFTDYNO_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
 	  --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(CHECKED) $(BIN)/python -P -c "$$KERNELS_SANITIZED"
-	$(CHECKED) $(BIN)/pytest tests/kernels --ignore tests/kernels/triton --capture=sys --numprocesses=$(JOBS) $(ARGS)
+	$(CHECKED) $(BIN)/pytest tests/kernels tests/engine/test_tape.py --ignore tests/kernels/triton --capture=sys --numprocesses=$(JOBS) $(ARGS)
 
 # The losses that tests/test_tiny.py holds later versions to.
 golden: $(READY)

@@ -35,7 +35,7 @@ class Plan:
 
     repeats: int = 5
     steps: int | None = None
-    compile_seconds: float = 40.0
+    compile_seconds: float = 30.0
     """Time in which torch.compile must have finished its first step."""
 
     def steps_or(self, default: int) -> int:

@@ -21,7 +21,7 @@ PACKED = ", --pack-weights on"
 FEW_STEPS = 2
 """Compared steps where a step takes long or there are many comparisons; the second follows the first update."""
 WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.0}, "p-tuning": {"dropout": 0.0}}
-METHOD_ROUNDS = 3
+METHOD_ROUNDS = 2
 """Rounds of a method's row at most: none of them has a goal, and there are ten."""
 MEMORY_ROUNDS = 2
 """Rounds of the memory's row at most: peaks differ by less than a hundredth."""

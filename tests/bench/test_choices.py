@@ -63,7 +63,7 @@ EXPECTED = {
     "step": ["step"],
     "overhead": ["step"],
     "tokens": ["step", "token", "pack"],
-    "hastened": ["shared", "repeated", "labelled"],
+    "hastened": ["shared", "repeated", "labelled", "long"],
     "stream": ["rate"],
     "memory-ways": ["length_6", "length_4"],
     "four-bit": [

@@ -90,11 +90,12 @@ HASTENED = ("as it is", "replayed", "panels", "panels, replayed")
 def hastened(setting: Setting) -> list[Line]:
     """LoRA's steps as they are, replayed from tapes, and with panels of the weights, in turns."""
     sizes, rows = setting.sizes, _batches(setting)[: setting.sizes.task_batches]
-    labelled = [text_batch(sizes.batch, sizes.length, setting.texts)]
+    labelled, long = ([text_batch(sizes.batch, n * sizes.length, setting.texts)] for n in (1, 4))
     works = (
         ("shared", f"steps of {sizes.batch} labelled texts, prefix shared", rows, True),
         ("repeated", f"steps of {sizes.batch} labelled texts, prefix repeated", rows, False),
         ("labelled", f"steps of {sizes.batch} x {sizes.length} tokens, all labelled", labelled, False),
+        ("long", f"steps of {sizes.batch} x {4 * sizes.length} tokens, all labelled", long, False),
     )
     return [_hastened_line(setting, *work) for work in works]
 
