@@ -83,12 +83,12 @@ def tokens(setting: Setting) -> list[Line]:
     ]
 
 
-HASTENED = ("as it is", "replayed", "panels", "panels, replayed")
+HASTENED = ("launched", "replayed", "panels", "panels, replayed")
 """Columns: --graphs off launches, on replays; --pack-weights on keeps panels."""
 
 
 def hastened(setting: Setting) -> list[Line]:
-    """LoRA's steps as they are, replayed from tapes, and with panels of the weights, in turns."""
+    """LoRA's steps launched, replayed from tapes, and with panels of the weights, in turns."""
     sizes, rows = setting.sizes, _batches(setting)[: setting.sizes.task_batches]
     labelled, long = ([text_batch(sizes.batch, n * sizes.length, setting.texts)] for n in (1, 4))
     works = (
