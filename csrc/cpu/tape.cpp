@@ -18,10 +18,12 @@ void put(torch::jit::Stack& stack, const TapeInput& input, Tensor value) {
     argument.toList().set(input.element, std::move(value));
 }
 
-// The tensors of a call's results, in their order, into their slots.
+// The tensors of a call's results, in their order, into their slots. Python has None for an undefined one.
 void keep(const torch::jit::Stack& stack, const std::vector<int64_t>& places, std::vector<Tensor>& slots) {
   auto place = places.begin();
   const auto next = [&](const Tensor& made) {
+    if (!made.defined()) return;
+    TORCH_CHECK(place != places.end(), "an operator gives more tensors than when it was recorded");
     const int64_t slot = *place++;
     if (slot >= 0) slots[slot] = made;
   };

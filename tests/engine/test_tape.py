@@ -66,6 +66,18 @@ def test_gradients() -> None:
     repeats(compute, 3, 4)
 
 
+def test_results_that_are_not_there() -> None:
+    """A norm's backward pass gives the gradient of its input alone."""
+    weight, bias = torch.rand(6), torch.rand(6)
+
+    def compute(x: Tensor) -> Tensor:
+        leaf = (x * 1.0).detach().requires_grad_()
+        torch.nn.functional.layer_norm(leaf, (6,), weight, bias).square().sum().backward()
+        return leaf.grad  # type: ignore[return-value]
+
+    repeats(compute, 3, 6)
+
+
 class _Low(torch.autograd.Function):
     """A low-rank product, whose operator gives lists of tensors."""
 
