@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftdyno.engine.accounting.dispatch_mode import DispatchMode
 from peftdyno.kernels import cpu, dispatch
 from peftdyno.kernels.library import PRIMITIVES
 
@@ -89,9 +89,9 @@ class TapeRecorder:
         return heard.repeated(out)
 
 
-class _Listening(TorchDispatchMode):
+class _Listening(DispatchMode):
     def __init__(self, heard: _Heard) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.heard = heard
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

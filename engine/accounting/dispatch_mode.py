@@ -1,4 +1,4 @@
-"""DispatchMode: what sees every operator; the base of the modes that count and that follow memory."""
+"""DispatchMode: what sees every operator; the base of the modes that count, that follow memory and that record."""
 
 from __future__ import annotations
 

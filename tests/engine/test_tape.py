@@ -1,5 +1,7 @@
 """Calls recorded operator by operator: what is repeated follows its inputs, views and writes in place included."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -106,6 +108,16 @@ def test_operators_of_ours() -> None:
         return torch.cat([leaf.grad.flatten() for leaf in leaves])  # type: ignore[union-attr]
 
     repeats(compute, 5, 6)
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    """It would take longer than a short answer."""
+    program = (
+        "import sys, torch; from peftdyno.engine.tape import TapeRecorder; x = torch.ones(2);"
+        "TapeRecorder().record(lambda: x + 1)(); print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: torch.equal(x, x)])
