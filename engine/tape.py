@@ -25,8 +25,8 @@ READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"}
 """Operators whose result the host reads."""
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 Input = tuple[int, int, int, Geometry | None]
-"""A tensor of the tape among an operator's arguments: which argument, which element of a list or
-NOWHERE, its slot and how it lies there, None for the whole."""
+"""A tensor of the tape among an operator's arguments: which argument, which element of a list or NOWHERE, its slot, and
+how it lies there, None for the whole."""
 NOWHERE = -1
 """Stands for no slot and for no element."""
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from peftdyno.bench.compare.ours_steps import OurSteps
+from peftdyno.engine.accounting.dispatch_mode import DispatchMode
 from peftdyno.kernels.library import COSTS
 
 Shape = tuple[int, int, int]
@@ -32,7 +32,7 @@ class Operator:
     shapes: dict[Shape, int] = field(default_factory=dict)
 
 
-class OperatorClock(TorchDispatchMode):
+class OperatorClock(DispatchMode):
     """Seconds and matrix FLOPs of every operator called within; what an operator calls itself belongs to it."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

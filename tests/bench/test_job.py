@@ -100,12 +100,15 @@ def test_panels_are_in_the_predicted_peak(tiny_model: Path, tiny_data: Path, tmp
 @pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
 def test_predicted_peak_of_recorded_steps(tiny_model: Path, tiny_data: Path, tmp_path: Path, method: str) -> None:
-    """The padding is part of it, and so are the arrays that recordings read: a twentieth of this tiny model."""
+    """The padding is part of it and of the FLOPs, and so are the arrays that recordings read."""
     base = load_base(str(tiny_model), "fp32", "cpu")
-    plain, replayed = (
-        finish(base, tmp_path / choice, data=tiny_data, method=method, batch=4, steps=60, graphs=choice)[0].memory
+    records = [
+        finish(base, tmp_path / choice, data=tiny_data, method=method, batch=4, steps=60, graphs=choice)[0]
         for choice in ("off", "on")
-    )
+    ]
+    assert all(record.flops.equal_by_layer for record in records), "the counted step is the padded one"
+    assert records[1].flops.total.sum() > records[0].flops.total.sum()
+    plain, replayed = (record.memory for record in records)
     assert replayed.predicted_peak_bytes == pytest.approx(replayed.measured_peak_bytes, rel=0.01)
     assert sum(replayed.predicted_by_category.values()) == replayed.predicted_peak_bytes
     assert replayed.predicted_peak_bytes > plain.predicted_peak_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +20,6 @@ from .tiny_job import job, tiny_bank, tiny_decoder
 
 SEEDS = (3, 11)
 OTHERS = [policy for policy in POLICIES if policy != "keep"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Tiny products are slower on several threads."""
-    threads(1)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3"])

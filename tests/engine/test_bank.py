@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from .banks import (
     relative,
     shake,
     small_method,
-    tiny_model,
     train_steps,
 )
 
@@ -50,22 +49,6 @@ PUBLISHED_COUNTS = {
     "prefix-tuning": 34_177_536,
     "p-tuning": 53_130_752,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Tiny products are slower on several threads."""
-    threads(1)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("gemma3", tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED_COUNTS)

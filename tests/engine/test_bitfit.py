@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,6 @@ FORMS = {
     "everywhere": BitFit(target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
     "single modules": BitFit(target_modules=("layers.1.k_proj", "layers.2.up_proj")),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Products this small only wait for more."""
-    threads(1)
 
 
 @pytest.fixture(scope="module", params=["mistral", "qwen2"])

@@ -26,11 +26,6 @@ FORMS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
-
-
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_model(request.param, tmp_path_factory.mktemp(request.param))

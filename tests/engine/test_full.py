@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,6 @@ from peftdyno.engine.weights import PARTS, parameter_count
 from .banks import TinyModel, backward, own_rows, pack_of, random_sequences, relative, shake, tiny_model
 
 VARIANTS = ("llama", "llama-bias", "llama-tied", "mistral", "qwen2", "qwen3", "gemma3")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

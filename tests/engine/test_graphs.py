@@ -15,27 +15,11 @@ from peftdyno.engine.graphs import LEAST_TAPED, EagerRecorder, Recorder, bucket,
 from peftdyno.engine.pack import Sequence
 from peftdyno.engine.tape import TapeRecorder, unavailable
 
-from .banks import TinyModel, random_sequences, shake, small_method, tiny_model
+from .banks import TinyModel, random_sequences, shake, small_method
 
 CPU = torch.device("cpu")
 needs_tape = pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
 RECORDERS = [pytest.param(EagerRecorder(), id="again"), pytest.param(TapeRecorder(), marks=needs_tape, id="tape")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Tiny products are slower on several threads."""
-    threads(1)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("gemma3", tmp_path_factory.mktemp("gemma"))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,6 @@ FORMS = {
     "everywhere": IA3(target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
     "single modules": IA3(target_modules=("layers.0.down_proj", "layers.1.o_proj")),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Products this small only wait for more."""
-    threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,6 @@ from peftdyno.engine.errors import UserError
 
 from .banks import TinyModel, relative, shake, tiny_model
 from .peft_adapters import check_gradients, logits_of, peft_logits
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Products this small only wait for more."""
-    threads(1)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +47,10 @@ def lora(form: str, **more: Any) -> LoRA:
     return LoRA(**{"rank": 4, "alpha": 6.0, "dropout": 0.0, **FORMS[form], **more})
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Products this small only wait for more."""
-    threads(1)
-
-
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Llama with a bias on every attention projection."""
     return tiny_model("llama-bias", tmp_path_factory.mktemp("biased"))
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("gemma3", tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("random")])

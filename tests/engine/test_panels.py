@@ -1,6 +1,5 @@
 """Weights kept a second time: the same answers to the bit, and nothing left behind."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,12 +12,6 @@ from peftdyno.kernels import cpu
 from peftdyno.kernels.panels import panel_bytes
 
 from .banks import TinyModel, backward, pack_of, random_sequences, shake, small_method, tiny_model
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Tiny products are slower on several threads."""
-    threads(1)
 
 
 @pytest.fixture(scope="module")

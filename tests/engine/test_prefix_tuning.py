@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -18,11 +17,6 @@ from .peft_models import check_exchange, check_parity
 
 VARIANTS = ("llama", "qwen2", "mistral", "gemma3")
 N, HIDDEN = 3, 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

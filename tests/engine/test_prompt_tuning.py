@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -18,11 +17,6 @@ from .peft_models import check_exchange, check_parity
 
 VARIANTS = ("llama", "qwen2", "gemma3")
 CONFIG = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 6}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

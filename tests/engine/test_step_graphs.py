@@ -32,7 +32,7 @@ from peftdyno.engine.tape import TapeRecorder, unavailable
 from peftdyno.engine.train import TrainConfig, TrainState, forward_backward, train
 
 from .banks import FORMS as FORMS_OF_ALL
-from .banks import TinyModel, backward, pack_of, random_sequences, relative, shake, small_method, tiny_model
+from .banks import TinyModel, backward, pack_of, random_sequences, relative, shake, small_method
 from .tiny_job import CONFIG as TINY
 from .tiny_job import job, tiny_bank, tiny_decoder
 
@@ -41,22 +41,6 @@ RECORDERS = [pytest.param(EagerRecorder(), id="again"), pytest.param(TapeRecorde
 ROUNDING = 2e-6
 """Relative: fp32 sums over as many terms in another order."""
 FORMS = ["lora", "ia3", "ln-tuning", "prompt-tuning", "prefix-tuning", "p-tuning mlp", "svft everywhere", "adapter"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Tiny products are slower on several threads."""
-    threads(1)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("gemma3", tmp_path_factory.mktemp("gemma"))
 
 
 @dataclass

@@ -15,21 +15,10 @@ from peftdyno.engine.step_tapes import SEEN_BEFORE, StepTapes
 from peftdyno.engine.tape import TapeRecorder, unavailable
 from peftdyno.engine.train import forward_backward
 
-from .banks import TinyModel, pack_of, random_sequences, relative, shake, small_method, tiny_model
+from .banks import FORMS, TinyModel, pack_of, random_sequences, relative, shake, small_method
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
 QUIET = Ledger(Scope(), on=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    """Tiny products are slower on several threads."""
-    threads(1)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def steps_of(model: TinyModel, form: str, recorder: Recorder, choice: str = "on") -> StepTapes:
@@ -37,23 +26,24 @@ def steps_of(model: TinyModel, form: str, recorder: Recorder, choice: str = "on"
 
 
 def gradient(model: TinyModel, tapes: StepTapes, lengths: list[list[int]], step: int, record: bool = True):
-    """Losses and gradient of a step, a micro-batch a list."""
-    packs = [pack_of(tapes.bank, random_sequences(part)) for part in lengths]
+    """Losses and gradient of a step, a micro-batch a list; those of several sequences share their prefix."""
+    packs = [pack_of(tapes.bank, random_sequences(part), share_prefix=True) for part in lengths]
     losses, _ = forward_backward(model.decoder, tapes.bank, packs, step, QUIET, tapes if record else None)
     return losses, tapes.bank.gradient.clone()
 
 
-@pytest.mark.parametrize("form", ["lora", "ia3", "prompt-tuning", "prefix-tuning"])
+@pytest.mark.parametrize("form", [form for form in FORMS if not small_method(form).unrecordable()])
 def test_the_same_bits_replayed_or_not(form: str, llama: TinyModel) -> None:
-    """One that never records beside one that does, over several sizes and micro-batches."""
+    """One that never records beside one that does, over several sizes and micro-batches; and what is not padded, as in
+    a bank of several runs."""
     replayed = steps_of(llama, form, TapeRecorder())
     launched = steps_of(llama, form, TapeRecorder())
     launched.complaint = "never"
     for step in range(8):
         for lengths in ([[9, 14]], [[40, 23], [8, 7]]):
             losses, ours = gradient(llama, replayed, lengths, step)
-            packs = [pack_of(launched.bank, random_sequences(part)) for part in lengths]
-            theirs = launched.forward_backward(packs, step, QUIET)[0]
+            packs = [pack_of(launched.bank, random_sequences(part), share_prefix=True) for part in lengths]
+            theirs, _ = launched.forward_backward(packs, step, QUIET)
             assert losses == theirs and torch.equal(ours, launched.bank.gradient)
             expected = gradient(llama, launched, lengths, step, record=False)
             assert losses == pytest.approx(expected[0], rel=1e-5) and relative(ours, expected[1]) < 1e-5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,6 @@ from peftdyno.engine.weights import empty_weights
 from .banks import TinyModel, pack_of, random_sequences, relative, shake, tiny_model
 
 TARGETS = ("q_proj", "v_proj", "gate_proj", "down_proj")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: Callable[[int], None]) -> None:
-    threads(1)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from peftdyno.engine import train as loop
 from peftdyno.engine.batching import batch_indices, fit, steps_per_epoch
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.optim import OptimConfig
+from peftdyno.engine.tape import unavailable
 from peftdyno.engine.train import TrainConfig, train
 
 from .tiny_job import CONFIG, examples, job, run_job, tiny_bank, tiny_decoder
@@ -113,12 +114,17 @@ def test_shared_prefix_trains_the_same(tmp_path):
     assert relative(shared[0].bank.flat, apart[0].bank.flat) < 1e-5
 
 
-def test_runs_together_equal_runs_alone(tmp_path):
+@pytest.mark.parametrize(
+    "graphs",
+    ["off", pytest.param("on", marks=pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels are not built"))],
+)
+def test_runs_together_equal_runs_alone(tmp_path, graphs):
+    """Also where a run alone is padded and replayed, as long trainings are, and the bank is not."""
     jobs = [job(steps=50), job(steps=50, seed=3, rate=1e-3), job(steps=20, batch=2)]
     together, _ = trained(tmp_path / "together", jobs, seeds=(0, 5, 9))
     for j, seed in enumerate((0, 5, 9)):
         folder = tmp_path / f"alone-{j}"
-        alone, found = trained(folder, [jobs[j]], seeds=(seed,))
+        alone, found = trained(folder, [jobs[j]], seeds=(seed,), graphs=graphs)
         assert relative(losses(tmp_path / "together", j)[: jobs[j].steps], found) < 1e-5
         assert relative(together.bank.flat[j], alone.bank.flat[0]) < 1e-5
 

@@ -53,16 +53,6 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[
     return modules
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return tiny_model("gemma3", tmp_path_factory.mktemp("gemma"))
-
-
 def test_the_page_holds_one_file_and_one_test() -> None:
     assert set(blocks()) == set(NAMES)
 
