@@ -45,6 +45,7 @@ static void load_task(const Attention& a, const QueryTask& task, int64_t rows,
   for (int64_t i = 0, r = 0; i < task.count; ++i)
     for (int64_t g = 0; g < a.groups; ++g, ++r) {
       const T *o = task_row<T>(a.out, a.width, a, task, i, g), *grad = task_row<T>(a.dout, a.width, a, task, i, g);
+      ask_for_row(task_row<T>(a.out, a.width, a, task, smaller(i + ROWS_AHEAD, task.count - 1), g), a.width);
       Vec products = {};
       for (int64_t c = 0; c < a.width; c += LANES)
         products += load_upto(o + c, a.width - c) * load_upto(grad + c, a.width - c);

@@ -21,9 +21,11 @@ PEFTDYNO_INLINE const T* key_row(const Attention& a, const KeyBlock& block, int6
 
 template <class E, class T>
 static void copy_keys(const Attention& a, const KeyBlock& block, int64_t head, bool values, E* to) {
-  for (int64_t i = 0; i < block.padded; ++i)
+  for (int64_t i = 0; i < block.padded; ++i) {
+    ask_for_row(key_row<T>(a, block, head, values, smaller(i + ROWS_AHEAD, block.count - 1)), a.width);
     copy_row(key_row<T>(a, block, head, values, smaller(i, block.count - 1)), i < block.count ? a.width : 0,
              a.padded_width, nullptr, to + i * a.padded_width);
+  }
 }
 
 // Keys or values as a left operand: as they lie where they can be used so, else copied to `spare`.
@@ -79,8 +81,10 @@ static void gather_rows(const Rows& rows, int64_t head_stride, const Attention& 
                         int64_t padded_rows, E* block) {
   const int64_t d = a.padded_width, used = task.count * a.groups;
   for (int64_t i = 0; i < task.count; ++i)
-    for (int64_t g = 0; g < a.groups; ++g)
+    for (int64_t g = 0; g < a.groups; ++g) {
+      ask_for_row(task_row<T>(rows, head_stride, a, task, smaller(i + ROWS_AHEAD, task.count - 1), g), a.width);
       copy_row(task_row<T>(rows, head_stride, a, task, i, g), a.width, d, nullptr, block + (i * a.groups + g) * d);
+    }
   for (int64_t r = used; r < padded_rows; ++r) copy_row(block, 0, d, nullptr, block + r * d);
 }
 

@@ -41,6 +41,8 @@ static void glu_forward_rows(const GluForward& a, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < a.width; i += LANES) {
       int64_t left = a.width - i;
+      ask_for(gate + a.gate_up.stride + i);
+      ask_for(up + a.gate_up.stride + i);
       Vec v = F::at(load_upto(gate + i, left)).value * load_upto(up + i, left);
       if (scale != nullptr) v *= load_upto(scale + i, left);
       store_upto(y + i, v, left);
@@ -63,6 +65,9 @@ static void glu_backward_rows(const GluBackward& a, int64_t begin, int64_t end) 
     }
     for (int64_t i = 0; i < a.width; i += LANES) {
       int64_t left = a.width - i;
+      ask_for(gate + a.gate_up.stride + i);
+      ask_for(up + a.gate_up.stride + i);
+      ask_for(dy + a.dy.stride + i);
       ValueAndSlope f = F::at(load_upto(gate + i, left));
       Vec grad = load_upto(dy + i, left), u = load_upto(up + i, left);
       if (scale != nullptr) {

@@ -29,9 +29,11 @@ static Left<E> left_operand(const Rows& source, int64_t row, int64_t rows, int64
   if constexpr (sizeof(E) == sizeof(T))
     if (rows % 16 == 0 && width % 32 == 0 && masks == nullptr) return {row_of<E>(source, row) + column, source.stride};
   const int64_t padded = padded_to(width, 32);
-  for (int64_t r = 0; r < padded_to(rows, 16); ++r)
+  for (int64_t r = 0; r < padded_to(rows, 16); ++r) {
+    ask_for_row(row_of<T>(source, row + smaller(r, rows - 1)) + column + width, width);
     copy_row(row_of<T>(source, row + smaller(r, rows - 1)) + column, r < rows ? width : 0, padded,
              masks == nullptr ? nullptr : masks + smaller(r, rows - 1) * STRIP_WORDS, block + r * padded);
+  }
   return {block, padded};
 }
 
@@ -49,9 +51,11 @@ template <class E>
 static void convert_rows(const float* from, int64_t stride, int64_t rows, int64_t width, float scale,
                          int64_t padded_rows, int64_t padded_width, E* to) {
   for (int64_t r = 0; r < padded_rows; ++r)
-    for (int64_t i = 0; i < padded_width; i += LANES)
+    for (int64_t i = 0; i < padded_width; i += LANES) {
+      ask_for(from + (r + 1) * stride + i);
       store(to + r * padded_width + i,
             r < rows && i < width ? load_upto(from + r * stride + i, width - i) * scale : Vec{});
+    }
 }
 
 template <class T>

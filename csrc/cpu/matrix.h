@@ -220,8 +220,11 @@ struct AmxEngine {
 
   static void pack_rows(const bfloat16* const* rows, int64_t num_rows, int64_t padded_rows, int64_t width,
                         int64_t padded_width, bfloat16* b, const uint32_t* masks = nullptr, int64_t mask_stride = 0) {
+    constexpr int64_t AHEAD = 16;  // rows, which lie too far apart for the processor to ask for them by itself
     for (int64_t r = 0; r < padded_rows; r += 2)
       for (int64_t i = 0; i < padded_width; i += 2 * LANES) {
+        ask_for(rows[smaller(r + AHEAD, num_rows - 1)] + i);
+        ask_for(rows[smaller(r + AHEAD + 1, num_rows - 1)] + i);
         const __mmask32 inside = width - i >= 2 * LANES ? ~0u : i < width ? (1u << (width - i)) - 1 : 0u;
         __mmask32 even = r < num_rows ? inside : 0u, odd = r + 1 < num_rows ? inside : 0u;
         if (masks != nullptr) {

@@ -8,9 +8,10 @@ namespace PEFTDYNO_ISA {
 
 // h = x + residual rounded to T, as the residual stream holds it; returns the sum of h^2.
 template <class T>
-PEFTDYNO_INLINE float add_and_square(const T* x, const T* residual, T* h, int64_t width) {
+PEFTDYNO_INLINE float add_and_square(const T* x, int64_t stride, const T* residual, T* h, int64_t width) {
   Vec squares = {};
   for (int64_t i = 0; i < width; i += LANES) {
+    ask_for(x + stride + i);
     Vec v = load_upto(x + i, width - i);
     if (residual != nullptr) {
       store_upto(h + i, v + load_upto(residual + i, width - i), width - i);
@@ -29,7 +30,7 @@ static void norm_forward_rows(const NormForward& a, int64_t begin, int64_t end) 
     const float* weight = a.weight.values + run * a.width;
     const bool add = a.residual.data != nullptr;
     T* h = add ? row_of<T>(a.h, row) : row_of<T>(a.x, row);
-    float squares = add_and_square<T>(row_of<T>(a.x, row), add ? row_of<T>(a.residual, row) : nullptr, h, a.width);
+    float squares = add_and_square<T>(row_of<T>(a.x, row), a.x.stride, add ? row_of<T>(a.residual, row) : nullptr, h, a.width);
     float rstd = 1.0f / __builtin_sqrtf(squares / a.width + a.eps);
     a.rstd[row] = rstd;
     T* y = row_of<T>(a.y, row);
@@ -53,6 +54,8 @@ static void norm_backward_rows(const NormBackward& a, int64_t begin, int64_t end
     Vec products = {};
     for (int64_t i = 0; i < a.width; i += LANES) {
       int64_t left = a.width - i;
+      ask_for(dy + a.dy.stride + i);
+      ask_for(h + a.h.stride + i);
       products += load_upto(dy + i, left) * load_upto(weight + i, left) * (load_upto(h + i, left) * rstd);
     }
     const float mean = sum(products) / a.width;
