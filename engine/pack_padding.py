@@ -24,9 +24,6 @@ PIECE = 64
 enough for long padding to be few sequences."""
 LEAST_ROWS, LEAST_LABELS = 64, 16
 """Narrowest buckets of a run: below them, time hardly depends on the number of rows."""
-FINE_ROWS, FINE_LABELS = 16, 8
-"""What rows and labels are multiples of where sizes are fine, as for a CPU, whose time is in proportion to the rows:
-16 rows are a tile of its products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +38,11 @@ class PackSize:
     virtual: int
 
     @classmethod
-    def of(cls, pack: Pack, *, fine: bool = False) -> PackSize:
+    def of(cls, pack: Pack) -> PackSize:
         """The size that a pack is padded to: a function of the pack alone. All runs are as wide as the widest, so that
         packs of many runs come in few sizes."""
         counts, num_labels = _counts(pack.runs.offsets), max(_counts(pack.labels.run_offsets))
         rows, labels = max(LEAST_ROWS, bucket(max(counts))), max(LEAST_LABELS, bucket(num_labels))
-        if fine:
-            rows, labels = _multiple(max(counts), FINE_ROWS), _multiple(num_labels, FINE_LABELS)
         takes_part = tuple(count > 0 for count in counts)
         padding = sum(takes_part) * -(-rows // PIECE)
         return cls(
@@ -135,11 +130,6 @@ def _spread(values: Tensor, old: Sequence[int], new: Sequence[int], *fill: float
     for (a, b), (start, stop), value in zip(_ranges(old), _ranges(new), fills, strict=True):
         parts += [values[a:b], values.new_full((stop - start - (b - a),), value)]
     return torch.cat(parts)
-
-
-def _multiple(count: int, unit: int) -> int:
-    """The next multiple of a unit."""
-    return -(-count // unit) * unit
 
 
 def _ranges(offsets: Sequence[int]) -> list[tuple[int, int]]:

@@ -8,18 +8,18 @@ from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError, unknown
 from peftdyno.engine.graphs import CudaRecorder, GraphChoice, Recorder, unrecordable
+from peftdyno.engine.replayed_steps import ReplayedSteps
 from peftdyno.engine.step_graphs import StepGraphs
 from peftdyno.engine.step_tapes import StepTapes
 from peftdyno.engine.tape import TapeRecorder
 
-LEAST_STEPS, LEAST_TAPED = 32, 256
-"""Steps below which `auto` does not record, on a GPU and on a CPU: each recording costs some, and a CPU's are of many
-sizes."""
+LEAST_STEPS, LEAST_TAPED = 32, 64
+"""Steps below which `auto` does not record, on a GPU and on a CPU: recordings and their checks cost some."""
 
 
 def step_graphs(
     choice: GraphChoice | Recorder, decoder: Decoder, bank: AdapterBank, num_steps: int
-) -> StepGraphs | None:
+) -> ReplayedSteps | None:
     """What a training of so many steps replays, or None to launch every kernel.
 
     `auto` records with Triton's or the C++ kernels, where the method, the activation policy and the number of steps
@@ -57,9 +57,4 @@ def _unrecordable(decoder: Decoder, bank: AdapterBank, *, of_device: bool) -> st
 
 def _unrecordable_here(decoder: Decoder, bank: AdapterBank) -> str:
     """Why the device's own recorder cannot, and the remedy; empty where it can."""
-    if decoder.device.type == "cpu" and bank.num_runs > 1:
-        return (
-            "on a CPU steps of several runs together are not recorded; give --graphs auto or off, or train one seed at"
-            " a time"
-        )
     return unrecordable(decoder.device)

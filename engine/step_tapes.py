@@ -1,39 +1,50 @@
-"""Training steps on a CPU, recorded as tapes: packs padded by a few rows only, to one of many sizes.
+"""Training steps on a CPU, recorded as tapes that are repeated at all sizes.
 
-A step computes its padding with a recording and without, so its results are the same to the bit, and which steps are
+A step computes the same with a recording and without, so its results are the same to the bit, and which steps are
 replayed may depend on what came before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.pack import Pack
-from peftdyno.engine.pack_padding import PackSize, padded
-from peftdyno.engine.step_graphs import NUM_CHECKED, Recording, StepGraphs, check_same
-from peftdyno.engine.tape import Repeated
+from peftdyno.engine.replayed_steps import ReplayedSteps, check_same, integer_arrays, with_integer_arrays
+from peftdyno.engine.sized_tape import SizedTape
+from peftdyno.engine.tape import Heard
+from peftdyno.kernels.attention import AttentionLayout
 
-MOST_TAPES = 128
-"""Recordings kept; the one not used for longest goes first."""
-MOST_TOKENS = 1024
-"""Of a pack that `auto` records: beyond, the host's time is small beside the processor's."""
-SEEN_BEFORE = 2
-"""Packs of a size that are computed without a recording before one is made: many sizes do not come again."""
+MOST_RECORDED = 16
+"""Steps of a training that are recorded; packs that no recording fits are launched from then on."""
+NUM_CHECKED = 3
+"""Replays that are compared with the launched step: the first is of the pack that was recorded."""
 SKETCHED = 64
 """Elements of a gradient whose sum stands for them where two steps are compared."""
+Kind = tuple[tuple[bool, ...], tuple[bool, ...]]
+"""Which runs have rows and which have labels."""
 
 
 @dataclass
-class StepTapes(StepGraphs):
-    """Recorded micro-batches of one training of one run. Recordings are made and checked by the first pack of a step,
-    when there is nothing to add to, so that no gradient is kept beside the bank's."""
+class StepTapes(ReplayedSteps):
+    """Recorded micro-batches of one training. Recordings are made and checked by the first pack of a step, when there
+    is nothing to add to, so that no gradient is kept beside the bank's."""
 
-    seen: dict[PackSize, int] = field(default_factory=dict)
+    tapes: dict[Kind, list[SizedTape]] = field(default_factory=dict)
+    num_recorded: int = 0
+
+    def pays(self, pack: Pack) -> bool:
+        """Whether `auto` records a pack."""
+        return True
+
+    def forget(self) -> None:
+        """Drop all recordings."""
+        self.tapes.clear()
 
     def forward_backward(self, packs: Sequence[Pack], step: int, ledger: Ledger) -> tuple[list[float], int]:
         """Gradients of a step's packs into the bank's; each run's loss and the number of tokens that count. UserError
@@ -44,52 +55,53 @@ class StepTapes(StepGraphs):
             self.add(pack, ledger, first=i == 0)
         return self.sums.tolist(), sum(pack.num_tokens for pack in packs)
 
-    def computed(self, packs: Sequence[Pack]) -> Sequence[Pack]:
-        """The packs with their padding."""
-        return [padded(pack, PackSize.of(pack, fine=True)) for pack in packs]
-
-    def pays(self, pack: Pack) -> bool:
-        """Whether `auto` records a pack."""
-        return pack.num_tokens <= MOST_TOKENS
-
     def add(self, pack: Pack, ledger: Ledger, *, first: bool) -> None:
         """Add a pack's gradients and losses; `first` where none of the step's were added before."""
-        size = PackSize.of(pack, fine=True)
-        wide = padded(pack, size)
-        ledger.see(wide)
-        self.seen[size] = self.seen.get(size, 0) + 1
-        recording = self.recordings.pop(size, None)
-        if recording is not None:
-            self.recordings[size] = recording  # the one used last
-        if recording is not None and recording.num_checked == NUM_CHECKED:
-            _replay(recording, wide, ledger)
-        elif self.complaint or not first or self.seen[size] <= SEEN_BEFORE:
-            self.launch(wide, ledger)
+        ledger.see(pack)
+        tape = self._fitting(pack)
+        if tape is not None and tape.num_checked >= NUM_CHECKED:
+            _replay(tape, pack, ledger)
+        elif self.complaint or not first or (tape is None and self.num_recorded == MOST_RECORDED):
+            self.launch(pack, ledger)
         else:
             with ledger.phase("backward"):
-                self._add_alone(wide, size, recording)
-            ledger.recording_bytes = sum(r.nbytes() for r in self.recordings.values())
+                self._add_alone(pack, tape)
 
-    def _add_alone(self, wide: Pack, size: PackSize, recording: Recording | None) -> None:
-        """The first pack of a step by its recording, once it is seen to give what the call gave that was recorded, or,
-        where it was recorded before, what the step gives without it."""
+    def _fitting(self, pack: Pack) -> SizedTape | None:
+        sizes = sizes_of(pack)
+        return next((tape for tape in self.tapes.get(_kind(pack), ()) if tape.fits(sizes)), None)
+
+    def _add_alone(self, pack: Pack, tape: SizedTape | None) -> None:
+        """The first pack of a step by a tape, once it is seen to give what the call gave that was recorded, or, where
+        it was recorded before, what the step gives without it."""
         try:
-            if recording is None:
-                recording = self.recorded(wide, size)
+            if tape is None:
+                tape = self._recorded(pack)
             else:
-                self.launch(wide, self.quiet)
+                self.launch(pack, self.quiet)
             expected = self._sketch()
             self.clear()
-            recording.replay(wide)
+            tape.at(sizes_of(pack), given_of(pack))()
             check_same(self._sketch(), expected, self.decoder.dtype)
+            tape.num_checked += 1
         except RuntimeError as error:
             self.clear()
             self.give_up(error)
         if self.complaint:
-            self.launch(wide, self.quiet)
-            return
-        assert recording is not None, "made above"
-        self.keep(recording, MOST_TAPES)
+            self.launch(pack, self.quiet)
+
+    def _recorded(self, pack: Pack) -> SizedTape:
+        """The tape of a pack, which is added: one that is there already and has learned of it, or a new one."""
+        own = _of_its_own(pack)
+        sizes, tapes = sizes_of(own), self.tapes.setdefault(_kind(own), [])
+        heard = Heard(given_of(own)).listen(lambda: self.run(own))
+        self.keyed.state.clear()
+        self.num_recorded += 1
+        for tape in tapes:
+            if tape.learn(heard, sizes):
+                return tape
+        tapes.append(SizedTape(heard, sizes))
+        return tapes[-1]
 
     def _sketch(self) -> list[Tensor]:
         """Sums of neighbours in each run's gradient, [R, P / 64], and the losses."""
@@ -100,11 +112,39 @@ class StepTapes(StepGraphs):
         return [torch.cat(sums, dim=1), self.sums.clone()]
 
 
-def _replay(recording: Recording, wide: Pack, ledger: Ledger) -> None:
-    """Another pack of a recording's size, its two passes charged apart."""
+def _replay(tape: SizedTape, pack: Pack, ledger: Ledger) -> None:
+    """A pack by a tape, its two passes charged apart."""
     with ledger.phase("forward"):
-        again = recording.read(wide)
-        assert isinstance(again, Repeated), "made by a TapeRecorder"
+        again = tape.at(sizes_of(pack), given_of(pack))
         again.forward()
     with ledger.phase("backward"):
         again.backward()
+
+
+def sizes_of(pack: Pack) -> tuple[int, ...]:
+    """All sizes that a step depends on."""
+    labels, layout = pack.labels, pack.layout
+    counts = pack.num_tokens, pack.virtual_rows.numel(), len(layout.segments), len(layout.chain)
+    offsets = pack.runs.offsets, labels.run_offsets, labels.row_runs.offsets
+    of_runs = [b - a for own in offsets for a, b in pairwise(own)]
+    return (*counts, *chain.from_iterable(offsets), *of_runs)
+
+
+def given_of(pack: Pack) -> list[Tensor]:
+    """All arrays that a step reads."""
+    return [*integer_arrays(pack), pack.labels.weight, pack.layout.segments, pack.layout.chain]
+
+
+def _of_its_own(pack: Pack) -> Pack:
+    """The pack with arrays that share no memory."""
+    arrays: dict[int, Tensor] = {}
+    for array in given_of(pack):
+        own = array.clone() if array.untyped_storage()._cdata in arrays else array
+        arrays[own.untyped_storage()._cdata] = own
+    *integers, weight, segments, links = arrays.values()
+    return replace(with_integer_arrays(pack, integers, weight), layout=AttentionLayout(segments, links))
+
+
+def _kind(pack: Pack) -> Kind:
+    runs, labels = (tuple(a < b for a, b in pairwise(o)) for o in (pack.runs.offsets, pack.labels.run_offsets))
+    return runs, labels

@@ -29,11 +29,13 @@ Input = tuple[int, int, int, Geometry | None]
 how it lies there, None for the whole."""
 NOWHERE = -1
 """Stands for no slot and for no element."""
+HOLE = torch.empty(0)
+"""Stands for a tensor of the tape among arguments."""
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One operator: its arguments, with `hole` where tensors of the tape go, and the slot of each tensor that it gives,
+class Call:
+    """One operator: its arguments, with `HOLE` where tensors of the tape go, and the slot of each tensor that it gives,
     NOWHERE for one that is an argument's."""
 
     operator: Any
@@ -83,14 +85,12 @@ class TapeRecorder:
 
     def record(self, call: Callable[[], Tensor]) -> Repeated:
         """The repeated call; RuntimeError where it reads a value on the host."""
-        heard = _Heard()
-        with _Listening(heard):
-            out = call()
-        return heard.repeated(out)
+        heard = Heard()
+        return heard.listen(call).repeated()
 
 
 class _Listening(DispatchMode):
-    def __init__(self, heard: _Heard) -> None:
+    def __init__(self, heard: Heard) -> None:
         super().__init__()
         self.heard = heard
 
@@ -100,16 +100,33 @@ class _Listening(DispatchMode):
         return result
 
 
-class _Heard:
-    """What is heard: calls, the slot of each storage that they made and that is still alive, and how the tensor lay in
-    it that a slot began with. Nothing is held, so recording needs no more memory than the call."""
+class Heard:
+    """What is heard of a call: operators, the slot of each storage that they made and that is still alive, and how the
+    tensor lay in it that a slot began with. Nothing is held, so recording needs no more memory than the call.
 
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-        self.num_forward: int | None = None
+    The first slots are those of tensors that are given anew whenever the call is repeated, each with a storage of its
+    own.
+    """
+
+    def __init__(self, given: Sequence[Tensor] = ()) -> None:
+        self.calls: list[Call] = []
+        self.num_forward = NOWHERE
         self.slots: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self.made: list[Geometry] = []
-        self.hole = torch.empty(0)
+        self.num_given = len(given)
+        for tensor in given:
+            self._output(tensor, set())
+        assert len(self.slots) == len(given), "storages of their own"
+
+    def listen(self, call: Callable[[], Tensor]) -> Heard:
+        """Hear a call; RuntimeError where it reads a value on the host."""
+        with _Listening(self):
+            self.result = call().detach()
+        self.slot = self._slot(self.result)
+        self.view = None if self.slot == NOWHERE else self._geometry(self.slot, self.result)
+        if self.num_forward == NOWHERE:
+            self.num_forward = len(self.calls)
+        return self
 
     def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """An operator was called."""
@@ -122,10 +139,10 @@ class _Heard:
         writes = any(
             argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
         )
-        if self.num_forward is None and torch._C._current_graph_task_id() != NOWHERE:
+        if self.num_forward == NOWHERE and torch._C._current_graph_task_id() != NOWHERE:
             self.num_forward = len(self.calls)  # within a backward pass from here on
         if writes or any(slot != NOWHERE for slot in outputs):
-            self.calls.append(_Call(_below(func, args), given, kwargs, inputs, outputs))
+            self.calls.append(Call(_below(func, args), given, kwargs, inputs, outputs))
 
     def _argument(self, place: int, value: Any, inputs: list[Input], element: int = NOWHERE) -> Any:
         """An argument without its tensors of the tape, which are noted among the inputs."""
@@ -135,7 +152,7 @@ class _Heard:
         if slot == NOWHERE:
             return value
         inputs.append((place, element, slot, self._geometry(slot, value)))
-        return self.hole
+        return HOLE
 
     def _geometry(self, slot: int, view: Tensor) -> Geometry | None:
         """How a tensor lies in a slot's storage, where it is not the slot's own."""
@@ -155,17 +172,14 @@ class _Heard:
         self.made.append(_geometry(tensor))
         return slot
 
-    def repeated(self, out: Tensor) -> Repeated:
-        """All calls as one; its result lies where `out` does."""
-        slot, count = self._slot(out), len(self.calls)
-        view = None if slot == NOWHERE else self._geometry(slot, out)
-        tape = cpu.extension().Tape(len(self.made))
-        for call, ended in zip(self.calls, self._ends(slot), strict=True):
+    def repeated(self) -> Repeated:
+        """All calls as one; its result lies where that of the call did."""
+        tape = cpu.extension().Tape(len(self.made), self.num_given)
+        for call, ended in zip(self.calls, self._ends(self.slot), strict=True):
             schema = call.operator._schema
             name = schema.name, schema.overload_name
             tape.add(*name, call.args, call.kwargs, call.inputs, call.outputs, ended)
-        num_forward = count if self.num_forward is None else self.num_forward
-        return Repeated(tape, count, num_forward, out.detach(), slot, view)
+        return Repeated(tape, len(self.calls), self.num_forward, self.result, self.slot, self.view)
 
     def _ends(self, last: int) -> list[list[int]]:
         """For each call the slots that nobody reads after it; the last one is kept."""

@@ -25,7 +25,7 @@ from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_nor
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.recorded_steps import step_graphs
-from peftdyno.engine.step_graphs import StepGraphs
+from peftdyno.engine.replayed_steps import ReplayedSteps
 
 SharePrefix = Literal["auto", "on", "off"]
 
@@ -181,7 +181,7 @@ def forward_backward(
     packs: Sequence[Pack],
     step: int,
     ledger: Ledger,
-    graphs: StepGraphs | None = None,
+    graphs: ReplayedSteps | None = None,
 ) -> tuple[list[float], int]:
     """Gradients of a step's packs into `bank.gradient`; each run's loss and the number of tokens computed.
 
@@ -191,7 +191,7 @@ def forward_backward(
     if graphs is None or not graphs.takes(packs):
         return _launched(decoder, bank, packs, step, ledger)
     if ledger.counting:  # the results are the replay's, whichever steps are counted
-        _launched(decoder, bank, graphs.computed(packs), step, ledger)
+        _launched(decoder, bank, packs, step, ledger)
         ledger = Ledger(decoder.scope, on=False)
     return graphs.forward_backward(packs, step, ledger)
 

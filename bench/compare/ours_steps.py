@@ -26,9 +26,9 @@ from peftdyno.engine.pack import Pack, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.panels import held_bytes, packed_weights
 from peftdyno.engine.recorded_steps import LEAST_TAPED, step_graphs
+from peftdyno.engine.replayed_steps import ReplayedSteps
 from peftdyno.engine.sources import DTYPES, load_model
-from peftdyno.engine.step_graphs import NUM_CHECKED, StepGraphs
-from peftdyno.engine.step_tapes import SEEN_BEFORE
+from peftdyno.engine.step_tapes import NUM_CHECKED
 from peftdyno.engine.train import forward_backward
 
 
@@ -65,7 +65,7 @@ class OurSteps:
     share_prefix: bool = False
     seed: int = 0
     dtype: str = "bf16"
-    recorded: StepGraphs | None = None
+    recorded: ReplayedSteps | None = None
     """What steps are replayed from, where they are."""
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class OurSteps:
         """Come to where a long training is: steps that it replays are recorded now and have been checked."""
         self.recorded = step_graphs(graphs, self.decoder, self.bank, LEAST_TAPED)
         if self.recorded is not None:
-            self._run(len(self.packs) * (SEEN_BEFORE + NUM_CHECKED))
+            self._run(len(self.packs) * (1 + NUM_CHECKED))
 
     def measure_packed(self, steps: int) -> dict[str, float]:
         """Seconds of some steps after one that is not counted, with panels of the weights while they last."""

@@ -26,8 +26,8 @@ OUR_STEPS = 4
 RUN_STEPS = 1000
 """Steps of a run where runs an hour are stated."""
 LONG_BATCH, LONG_TOKENS, CHECK_TOKENS = 16, 256, 32
-RECORDING_STEPS = 80
-"""Steps of our training before it is timed: most of its packs' sizes have come by then and are recorded."""
+SETTLED_STEPS = 12
+"""Steps of our training before it is timed: recordings have been made and checked by then."""
 LONG_TRAININGS = {"repeated": (DROPOUT, "auto"), "shared": (DROPOUT, "on"), "exact": (0.0, "auto")}
 """Name -> dropout and --share-prefix of our trainings of one seed."""
 TUNING_STEPS, TUNING_BATCH, TUNING_RATE = 40, 8, 1e-3
@@ -139,7 +139,10 @@ def training(sides: Sides) -> list[Row]:
 
     turn = 1 + OUR_STEPS * (steps - 1)
     with ExitStack() as stack:
-        ours = {name: _long_training(sides, stack, *setting, turn) for name, setting in LONG_TRAININGS.items()}
+        ours = {
+            name: _long_training(sides, stack, "lora", {**LORA, "dropout": dropout}, seed, share)
+            for name, (dropout, share) in LONG_TRAININGS.items()
+        }
         sides.tell(f"  training on {sides.classification.name}: {sides.plan.repeats} rounds of 5 settings")
         samples = in_turns(
             {
@@ -156,7 +159,7 @@ def training(sides: Sides) -> list[Row]:
         )
     repeated = f"dropout {DROPOUT}, --share-prefix auto, which with dropout is off"
     shared = f"dropout {DROPOUT}, --share-prefix on"
-    late = f"ours from step {RECORDING_STEPS} of a training on"
+    late = f"ours from step {SETTLED_STEPS} of a training on"
     return [
         Row(
             workload=f"{sides.classification.name} training, batch {BATCH}, {setting}",
@@ -178,12 +181,13 @@ def training(sides: Sides) -> list[Row]:
     ]
 
 
-def _long_training(sides: Sides, stack: ExitStack, dropout: float, share: str, turn: int) -> Worker:
-    """Our training of one seed, at work until most of its packs' sizes have come; in a process of its own."""
+def _long_training(
+    sides: Sides, stack: ExitStack, method: str, options: dict[str, Any], seeds: Sequence[int], share: str
+) -> Worker:
+    """Our training, at work until it is settled, in a process of its own."""
     worker = stack.enter_context(sides.another("ours, long training"))
-    settings = training_of(sides, "lora", {**LORA, "dropout": dropout}, SEEDS[:1], share, RUN_STEPS)
-    worker.open("ours.long_training", **settings)
-    worker.call("advance", steps=max(RECORDING_STEPS, turn) if sides.plan.steps is None else turn)
+    worker.open("ours.long_training", **training_of(sides, method, options, seeds, share, RUN_STEPS))
+    worker.call("advance", steps=SETTLED_STEPS if sides.plan.steps is None else 2)
     return worker
 
 
@@ -193,18 +197,20 @@ def seeds(sides: Sides) -> list[Row]:
     steps = 1 + sides.plan.steps_or(2)
     folders = start_folders(sides, SEEDS, DROPOUT)
 
-    def ours(share: str, packed: str = "off") -> dict[str, float]:
-        settings = training_of(sides, "lora", {**LORA, "dropout": DROPOUT}, SEEDS, share, steps)
-        sides.ours.open("ours.training", **settings, pack_weights=packed)
-        return sides.ours.call("measure")
-
     def trainer(turn: int) -> dict[str, float]:
         open_trainer(sides, SEEDS, folders, steps)
         return sides.reference.call("measure", run=turn % len(SEEDS))
 
-    sides.tell(f"  {len(SEEDS)} seeds together: {sides.plan.repeats} rounds")
-    turns = {"auto": lambda _: ours("auto"), "reference": trainer, "on": lambda _: ours("on", "on")}
-    samples = in_turns(turns, sides.plan.repeats, warm_ups=0)
+    options = {**LORA, "dropout": DROPOUT}
+    with ExitStack() as stack:
+        ours = {share: _long_training(sides, stack, "lora", options, SEEDS, share) for share in ("auto", "on")}
+        sides.tell(f"  {len(SEEDS)} seeds together: {sides.plan.repeats} rounds")
+        turns = {
+            "auto": lambda _: ours["auto"].call("advance", steps=steps),
+            "reference": trainer,
+            "on": lambda _: ours["on"].call("advance", steps=steps, pack_weights="on"),
+        }
+        samples = in_turns(turns, sides.plan.repeats, warm_ups=0)
     per = 3600 / (RUN_STEPS * BATCH)
     return [
         Row(
@@ -222,26 +228,23 @@ def seeds(sides: Sides) -> list[Row]:
 
 
 def together(sides: Sides) -> list[Row]:
-    """Five seeds of a method in one bank against our own runs one after another: each round times the next of them."""
-    steps = 1 + sides.plan.steps_or(2)
+    """Five seeds of a method in one bank against one of them alone."""
+    counted = sides.plan.steps_or(2)
+    steps, alone = 1 + counted, 1 + OUR_STEPS * counted
     settings = {
         f"lora, dropout {DROPOUT}, --share-prefix auto": ("lora", {**LORA, "dropout": DROPOUT}, "auto"),
         f"lora, dropout {DROPOUT}, --share-prefix on": ("lora", {**LORA, "dropout": DROPOUT}, "on"),
         "ia3, --share-prefix auto, which is on": ("ia3", {}, "auto"),
     }
 
-    def ours(which: str, seeds: Sequence[int], turns: int) -> dict[str, float]:
-        method, options, share = settings[which]
-        settings_of = training_of(sides, method, options, seeds, share, 1 + turns * (steps - 1))
-        sides.ours.open("ours.training", **settings_of)
-        return sides.ours.call("measure")
-
-    sides.tell(f"  {len(SEEDS)} seeds together and alone: {sides.plan.repeats} rounds of {len(settings)} settings")
     measures: dict[str, Callable[[int], dict[str, float]]] = {}
-    for which in settings:
-        measures[which] = lambda _, which=which: ours(which, SEEDS, 1)
-        measures[f"alone {which}"] = lambda turn, which=which: ours(which, [SEEDS[turn % len(SEEDS)]], OUR_STEPS)
-    samples = in_turns(measures, sides.plan.repeats, warm_ups=0)
+    with ExitStack() as stack:
+        for which, (method, options, share) in settings.items():
+            for name, members, turn in ((which, SEEDS, steps), (f"alone {which}", SEEDS[:1], alone)):
+                worker = _long_training(sides, stack, method, options, members, share)
+                measures[name] = lambda _, worker=worker, turn=turn: worker.call("advance", steps=turn)
+        sides.tell(f"  {len(SEEDS)} seeds together and alone: {sides.plan.repeats} rounds of {len(settings)} settings")
+        samples = in_turns(measures, sides.plan.repeats, warm_ups=0)
     per = 3600 / (RUN_STEPS * BATCH)
     return [
         Row(

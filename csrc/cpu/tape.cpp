@@ -54,9 +54,38 @@ void Tape::repeat(const Call& call, torch::jit::Stack& stack) {
   for (const int64_t slot : call.results.ended) slots_[slot].reset();
 }
 
+void Tape::set(const TapeInteger& place, int64_t value) {
+  Call& call = calls_.at(place.call);
+  if (place.input < 0) {
+    c10::IValue& argument = call.arguments.at(place.part);
+    if (place.element < 0)
+      argument = value;
+    else
+      argument.toList().set(place.element, value);
+    return;
+  }
+  Geometry& view = *call.inputs.at(place.input).view;
+  if (place.part == 2)
+    view.offset = value;
+  else
+    (place.part == 0 ? view.sizes : view.strides).at(place.element) = value;
+}
+
+void Tape::resize(at::IntArrayRef values) {
+  TORCH_CHECK(values.size() == sizes_.size(), "a value for each size");
+  for (size_t i = 0; i < sizes_.size(); ++i)
+    for (const TapeInteger& place : sizes_[i]) set(place, values[i]);
+}
+
+void Tape::take(at::TensorList given) {
+  TORCH_CHECK(static_cast<int64_t>(given.size()) == num_given_, "a tensor for each given slot");
+  slots_.assign(given.begin(), given.end());
+  slots_.resize(num_slots_);
+}
+
 void Tape::run(int64_t begin, int64_t end) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  if (begin == 0) slots_.assign(num_slots_, Tensor());
+  if (begin == 0 && num_given_ == 0) slots_.assign(num_slots_, Tensor());
   torch::jit::Stack stack;
   try {
     for (int64_t i = begin; i < end; ++i) repeat(calls_[i], stack);

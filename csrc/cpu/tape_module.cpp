@@ -3,6 +3,8 @@
 
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include <array>
+
 #include "tape.h"
 
 namespace peftdyno {
@@ -35,8 +37,15 @@ void add_call(Tape& tape, const std::string& name, const std::string& overload, 
 
 void define_tape(py::module& m) {
   py::class_<Tape>(m, "Tape")
-      .def(py::init<int64_t>())
+      .def(py::init<int64_t, int64_t>())
       .def("add", &add_call)
+      .def("add_size", [](Tape& tape, const std::vector<std::array<int64_t, 4>>& given) {
+        std::vector<TapeInteger> places;
+        for (const auto& [call, input, part, element] : given) places.push_back({call, input, part, element});
+        tape.add_size(std::move(places));
+      })
+      .def("resize", [](Tape& tape, const std::vector<int64_t>& values) { tape.resize(values); })
+      .def("take", [](Tape& tape, const std::vector<Tensor>& given) { tape.take(given); })
       .def("run", &Tape::run, py::call_guard<py::gil_scoped_release>())
       .def("give", [](Tape& tape, Tensor& out, int64_t slot, const GivenGeometry& view) {
         tape.give(out, slot, geometry_of(view));

@@ -68,8 +68,6 @@ class Ledger:
     energy: EnergyMeter | None = None
     panel_bytes: int = 0
     """What the weights' panels hold while it collects, where they are kept."""
-    recording_bytes: int = 0
-    """What the arrays hold that recorded steps read."""
     _seen: list[PackShape] = field(default_factory=list)
 
     @classmethod

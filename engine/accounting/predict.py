@@ -26,7 +26,7 @@ from peftdyno.engine.optim import AdamW, OptimConfig, clip_factors, gradient_nor
 from peftdyno.engine.pack import Pack, Root, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.quant import quantise_weights
-from peftdyno.engine.step_graphs import StepGraphs
+from peftdyno.engine.replayed_steps import ReplayedSteps
 from peftdyno.engine.train import forward_backward
 from peftdyno.engine.weights import empty_weights
 
@@ -98,7 +98,7 @@ def run_step(
     packs: Sequence[Pack],
     ledger: Ledger,
     step: int = 0,
-    graphs: StepGraphs | None = None,
+    graphs: ReplayedSteps | None = None,
 ) -> None:
     """One training step in which every run takes part, at rate 0 and charged to the ledger."""
     configs = [OptimConfig(learning_rate=0.0)] * bank.num_runs

@@ -110,7 +110,6 @@ def predicted_memory(ledger: Ledger, shapes: Sequence[PackShape]) -> dict[str, A
     highest = max(logs, key=lambda log: log.peak_bytes)
     categories = highest.by_category(highest.peak_index)
     categories["base weights"] += ledger.panel_bytes
-    categories["inputs"] += ledger.recording_bytes
     return {"predicted_peak_bytes": sum(categories.values()), "predicted_by_category": categories}
 
 

@@ -1,7 +1,5 @@
 """Steps replayed from tapes: the same bits with a recording and without, checked by what costs no second gradient."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -9,9 +7,9 @@ from peftdyno.engine import step_tapes
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.errors import UserError
-from peftdyno.engine.graphs import EagerRecorder, Recorder
-from peftdyno.engine.pack_padding import PackSize
-from peftdyno.engine.step_tapes import SEEN_BEFORE, StepTapes
+from peftdyno.engine.pack import Pack
+from peftdyno.engine.sized_tape import SizedTape
+from peftdyno.engine.step_tapes import StepTapes
 from peftdyno.engine.tape import TapeRecorder, unavailable
 from peftdyno.engine.train import forward_backward
 
@@ -19,124 +17,118 @@ from .banks import FORMS, TinyModel, pack_of, random_sequences, relative, shake,
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
 QUIET = Ledger(Scope(), on=False)
+Lengths = list[list[int]]
+"""Of the sequences of each run."""
 
 
-def steps_of(model: TinyModel, form: str, recorder: Recorder, choice: str = "on") -> StepTapes:
-    return StepTapes(model.decoder, shake(model.bank(small_method(form), (1,))), recorder, choice)  # type: ignore[arg-type]
+def steps_of(model: TinyModel, form: str, choice: str = "on", runs: int = 1) -> StepTapes:
+    bank = shake(model.bank(small_method(form), tuple(range(1, 1 + runs))))
+    return StepTapes(model.decoder, bank, TapeRecorder(), choice)  # type: ignore[arg-type]
 
 
-def gradient(model: TinyModel, tapes: StepTapes, lengths: list[list[int]], step: int, record: bool = True):
-    """Losses and gradient of a step, a micro-batch a list; those of several sequences share their prefix."""
-    packs = [pack_of(tapes.bank, random_sequences(part), share_prefix=True) for part in lengths]
-    losses, _ = forward_backward(model.decoder, tapes.bank, packs, step, QUIET, tapes if record else None)
+def packed(tapes: StepTapes, lengths: Lengths) -> Pack:
+    """Sequences of each run that share their prefix."""
+    sequences = [s for run, own in enumerate(lengths) for s in random_sequences(own, run=run)]
+    return pack_of(tapes.bank, sequences, share_prefix=True)
+
+
+def gradient(model: TinyModel, tapes: StepTapes, packs: list[Lengths], step: int, record: bool = True):
+    """Losses and gradient of a step, a micro-batch a pack."""
+    packs_of_step = [packed(tapes, lengths) for lengths in packs]
+    losses, _ = forward_backward(model.decoder, tapes.bank, packs_of_step, step, QUIET, tapes if record else None)
     return losses, tapes.bank.gradient.clone()
 
 
+def lengths_of(step: int, runs: int) -> Lengths:
+    """Another number of rows and of labels for each run in each step."""
+    return [[9 + (5 * step + run) % 23, 14 + (3 * step + 2 * run) % 11] for run in range(runs)]
+
+
+@pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("form", [form for form in FORMS if not small_method(form).unrecordable()])
-def test_the_same_bits_replayed_or_not(form: str, llama: TinyModel) -> None:
-    """One that never records beside one that does, over several sizes and micro-batches; and what is not padded, as in
-    a bank of several runs."""
-    replayed = steps_of(llama, form, TapeRecorder())
-    launched = steps_of(llama, form, TapeRecorder())
+def test_the_same_bits_replayed_or_not(form: str, runs: int, llama: TinyModel) -> None:
+    """One that never records beside one that does, at sizes that never come again, and one that knows no recording."""
+    replayed, launched = (steps_of(llama, form, runs=runs) for _ in range(2))
     launched.complaint = "never"
-    for step in range(8):
-        for lengths in ([[9, 14]], [[40, 23], [8, 7]]):
-            losses, ours = gradient(llama, replayed, lengths, step)
-            packs = [pack_of(launched.bank, random_sequences(part), share_prefix=True) for part in lengths]
-            theirs, _ = launched.forward_backward(packs, step, QUIET)
-            assert losses == theirs and torch.equal(ours, launched.bank.gradient)
-            expected = gradient(llama, launched, lengths, step, record=False)
-            assert losses == pytest.approx(expected[0], rel=1e-5) and relative(ours, expected[1]) < 1e-5
-    assert all(r.num_checked == step_tapes.NUM_CHECKED for r in replayed.recordings.values())
-    assert len(replayed.recordings) == 2, "the second micro-batch of a step makes none"
+    for step in range(10):
+        packs = [lengths_of(step, runs), lengths_of(step + 100, runs)]
+        losses, ours = gradient(llama, replayed, packs, step)
+        theirs, _ = launched.forward_backward([packed(launched, lengths) for lengths in packs], step, QUIET)
+        assert losses == theirs and torch.equal(ours, launched.bank.gradient)
+        expected = gradient(llama, launched, packs, step, record=False)
+        assert losses == pytest.approx(expected[0], rel=1e-5) and relative(ours, expected[1]) < 1e-5
+    ((tape,),) = replayed.tapes.values()
+    assert tape.num_checked == step_tapes.NUM_CHECKED and replayed.num_recorded <= 5
 
 
-def test_a_size_is_recorded_when_it_comes_again(llama: TinyModel) -> None:
-    tapes = steps_of(llama, "lora", TapeRecorder())
-    for step in range(SEEN_BEFORE):
-        gradient(llama, tapes, [[9, 14]], step)
-        assert not tapes.recordings
-    gradient(llama, tapes, [[10, 12]], 9)
-    assert [size.rows for size in tapes.recordings] == [32]
+def test_runs_that_take_no_part(llama: TinyModel) -> None:
+    """Which runs have rows may make it another call: a tape of its own."""
+    replayed = steps_of(llama, "lora", runs=3)
+    for step in range(14):
+        lengths = lengths_of(step, 3)
+        lengths[step % 2 + 1] = []
+        losses, ours = gradient(llama, replayed, [lengths], step)
+        expected = gradient(llama, replayed, [lengths], step, record=False)
+        assert losses == pytest.approx(expected[0], rel=1e-5) and relative(ours, expected[1]) < 1e-5
+    assert [tape.num_checked for (tape,) in replayed.tapes.values()] == [step_tapes.NUM_CHECKED] * 2
 
 
-def test_the_tape_not_used_for_longest_goes(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_tapes, "MOST_TAPES", 2)
-    tapes = steps_of(llama, "ia3", TapeRecorder())
-    for rows in (9, 40, 9, 70):
-        for step in range(SEEN_BEFORE + 1):
-            gradient(llama, tapes, [[rows]], step)
-    assert [size.rows for size in tapes.recordings] == [16, 80]
-
-
-class Swapped(EagerRecorder):
-    """A replay whose gradient is that of other parameters: its halves are exchanged."""
-
-    def __init__(self, bank) -> None:
-        self.bank = bank
-
-    def record(self, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        def again() -> torch.Tensor:
-            out = call()
-            half = self.bank.gradient.shape[1] // 2
-            self.bank.gradient.copy_(self.bank.gradient.roll(half, dims=1))
-            return out
-
-        return again
+def test_what_no_recording_fits_is_launched_once_there_are_many(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_tapes, "MOST_RECORDED", 1)
+    tapes = steps_of(llama, "ia3")
+    for step, rows in enumerate((9, 40, 9, 70, 9)):
+        found = gradient(llama, tapes, [[[rows]]], step)
+        assert relative(found[1], gradient(llama, tapes, [[[rows]]], step, record=False)[1]) < 1e-5
+    ((tape,),) = tapes.tapes.values()
+    assert tapes.num_recorded == 1 and tape.num_checked == step_tapes.NUM_CHECKED
 
 
 @pytest.mark.parametrize("choice", ["on", "auto"])
-def test_a_replay_that_differs_is_reported(choice: str, llama: TinyModel) -> None:
-    """The sketch of a gradient sees it; by `auto` the step's results are those without the recording."""
-    tapes = steps_of(llama, "lora", EagerRecorder(), choice)
-    tapes.recorder = Swapped(tapes.bank)
-    for step in range(SEEN_BEFORE):
-        gradient(llama, tapes, [[9, 14]], step)
+def test_a_replay_that_differs_is_reported(choice: str, llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay that reads the pack before: by `auto` the step's results are those without the recording."""
+    at, given = SizedTape.at, []
+
+    def late(tape: SizedTape, sizes, tensors):
+        given.append(tensors)
+        return at(tape, sizes, given[max(0, len(given) - 2)])
+
+    monkeypatch.setattr(SizedTape, "at", late)
+    tapes = steps_of(llama, "lora", choice)
+    gradient(llama, tapes, [[[9, 14]]], 0)
     if choice == "on":
         with pytest.raises(UserError, match=r"--graphs on: .*differs from the eager step"):
-            gradient(llama, tapes, [[9, 14]], 5)
+            gradient(llama, tapes, [[[14, 9]]], 5)
         return
     with pytest.warns(UserWarning, match="goes on without recorded steps"):
-        found = gradient(llama, tapes, [[9, 14]], 5)
-    expected = gradient(llama, tapes, [[9, 14]], 5, record=False)
+        found = gradient(llama, tapes, [[[14, 9]]], 5)
+    expected = gradient(llama, tapes, [[[14, 9]]], 5, record=False)
     assert found[0] == pytest.approx(expected[0], rel=1e-5) and relative(found[1], expected[1]) < 1e-5
 
 
-def test_what_is_seen_and_counted_is_padded(llama: TinyModel) -> None:
-    """As it is computed; the tokens of the step are the pack's own. A counted step gives the same bits."""
-    tapes = steps_of(llama, "lora", TapeRecorder())
+def test_a_counted_step_gives_the_same_bits(llama: TinyModel) -> None:
+    tapes = steps_of(llama, "lora")
     ledger = Ledger.of(llama.decoder, tapes.bank)
-    pack = pack_of(tapes.bank, random_sequences([9, 14]))
-    size = PackSize.of(pack, fine=True)
-    found = []
-    for _ in range(SEEN_BEFORE + 3):
+    pack, found = packed(tapes, [[9, 14]]), []
+    for _ in range(step_tapes.NUM_CHECKED + 2):
         found.append(forward_backward(llama.decoder, tapes.bank, [pack], 7, ledger, tapes))
         found[-1] += (tapes.bank.gradient.clone(),)
         ledger.end_step()
-    assert ledger.sampled == [0] and ledger.tokens == [size.rows] * len(found) == [32] * len(found)
-    assert all(losses == found[0][0] and tokens == 23 for losses, tokens, _ in found)
+    assert ledger.sampled == [0] and ledger.tokens == [pack.num_tokens] * len(found)
+    assert all(losses == found[0][0] and tokens == pack.num_tokens for losses, tokens, _ in found)
     assert all(torch.equal(own, found[0][2]) for *_, own in found)
-    assert ledger.recording_bytes == sum(r.nbytes() for r in tapes.recordings.values()) > 0
-
-
-def test_auto_takes_small_packs(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    tapes = steps_of(llama, "ia3", TapeRecorder(), "auto")
-    small, large = (pack_of(tapes.bank, random_sequences(lengths)) for lengths in ([9], [90]))
-    monkeypatch.setattr(step_tapes, "MOST_TOKENS", 64)
-    assert tapes.takes([small]) and not tapes.takes([small, large])
-    tapes.choice = "on"
-    assert tapes.takes([small, large])
 
 
 def test_both_passes_are_charged(llama: TinyModel) -> None:
     """With a recording and without: seconds stand under forward and backward as they do in any step."""
-    tapes = steps_of(llama, "lora", TapeRecorder())
+    tapes = steps_of(llama, "lora")
     ledger = Ledger.of(llama.decoder, tapes.bank)
-    pack = pack_of(tapes.bank, random_sequences([9, 14]))
-    for step in range(SEEN_BEFORE + step_tapes.NUM_CHECKED + 2):
+    pack = packed(tapes, [[9, 14]])
+    for step in range(step_tapes.NUM_CHECKED + 2):
         forward_backward(llama.decoder, tapes.bank, [pack], step, ledger, tapes)
         ledger.end_step()
     launched, *_, replayed = ledger.clock.read()
     assert set(launched) == set(replayed) == {"forward", "backward"}
-    (recording,) = tapes.recordings.values()
-    assert 0 < recording.again.num_forward < recording.again.num_calls
+    ((tape,),) = tapes.tapes.values()
+    assert 0 < tape.repeated.num_forward < tape.repeated.num_calls

@@ -131,7 +131,7 @@ def test_a_recorded_step_computes_another_pack(device: torch.device, monkeypatch
         for module in (row_chunks, low_rank, attention_tables):
             monkeypatch.setattr(module, "upload", None)
         with replay.recording(recording.tables):  # what is recorded makes no table
-            steps._run(recording)
+            steps.run(recording.pack)
     finally:
         dispatch.use(before)
     assert recording.size.rows == 16 and len(recording.tables.fills) == 2
