@@ -13,7 +13,7 @@ from peftdyno.engine.step_graphs import StepGraphs
 from peftdyno.engine.step_tapes import StepTapes
 from peftdyno.engine.tape import TapeRecorder
 
-LEAST_STEPS, LEAST_TAPED = 32, 64
+LEAST_STEPS, LEAST_TAPED = 32, 128
 """Steps below which `auto` does not record, on a GPU and on a CPU: recordings and their checks cost some."""
 
 
