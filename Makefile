@@ -53,7 +53,7 @@ sanitize: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" PEFTDYNO_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
 	  --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(CHECKED) $(BIN)/python -P -c "$$KERNELS_SANITIZED"
-	$(CHECKED) $(BIN)/pytest tests/kernels tests/engine/test_tape.py --ignore tests/kernels/triton --capture=sys --numprocesses=$(JOBS) $(ARGS)
+	$(CHECKED) $(BIN)/pytest tests/kernels tests/engine/test_tape.py tests/engine/test_sized_tape.py --ignore tests/kernels/triton --capture=sys --numprocesses=$(JOBS) $(ARGS)
 
 # The losses that tests/test_tiny.py holds later versions to.
 golden: $(READY)

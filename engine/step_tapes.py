@@ -22,6 +22,8 @@ from peftdyno.kernels.attention import AttentionLayout
 
 MOST_RECORDED = 16
 """Steps of a training that are recorded; packs that no recording fits are launched from then on."""
+MOST_TAPES = 4
+"""Of one kind of packs: where there would be more, steps differ in something that never comes again."""
 NUM_CHECKED = 3
 """Replays that are compared with the launched step: the first is of the pack that was recorded."""
 SKETCHED = 64
@@ -91,7 +93,8 @@ class StepTapes(ReplayedSteps):
             self.launch(pack, self.quiet)
 
     def _recorded(self, pack: Pack) -> SizedTape:
-        """The tape of a pack, which is added: one that is there already and has learned of it, or a new one."""
+        """The tape of a pack, which is added: one that is there already and has learned of it, or a new one.
+        RuntimeError where there would be too many."""
         own = _of_its_own(pack)
         sizes, tapes = sizes_of(own), self.tapes.setdefault(_kind(own), [])
         heard = Heard(given_of(own)).listen(lambda: self.run(own))
@@ -100,6 +103,8 @@ class StepTapes(ReplayedSteps):
         for tape in tapes:
             if tape.learn(heard, sizes):
                 return tape
+        if len(tapes) == MOST_TAPES:
+            raise RuntimeError("the steps of this training differ in more than their sizes")
         tapes.append(SizedTape(heard, sizes))
         return tapes[-1]
 

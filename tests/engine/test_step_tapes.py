@@ -85,6 +85,19 @@ def test_what_no_recording_fits_is_launched_once_there_are_many(
     assert tapes.num_recorded == 1 and tape.num_checked == step_tapes.NUM_CHECKED
 
 
+def test_steps_that_differ_in_more_than_their_sizes(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording is given up, and the training goes on."""
+    monkeypatch.setattr(SizedTape, "learn", lambda *_: False)
+    monkeypatch.setattr(step_tapes, "MOST_TAPES", 2)
+    tapes = steps_of(llama, "ia3", "auto")
+    for step in range(2):
+        gradient(llama, tapes, [lengths_of(step, 1)], step)
+    with pytest.warns(UserWarning, match="goes on without recorded steps: .* differ in more than their sizes"):
+        found = gradient(llama, tapes, [lengths_of(2, 1)], 2)
+    expected = gradient(llama, tapes, [lengths_of(2, 1)], 2, record=False)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5) and relative(found[1], expected[1]) < 1e-5
+
+
 @pytest.mark.parametrize("choice", ["on", "auto"])
 def test_a_replay_that_differs_is_reported(choice: str, llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay that reads the pack before: by `auto` the step's results are those without the recording."""
