@@ -11,7 +11,6 @@ from peftdyno.engine.graphs import CudaRecorder, GraphChoice, Recorder, unrecord
 from peftdyno.engine.replayed_steps import ReplayedSteps
 from peftdyno.engine.step_graphs import StepGraphs
 from peftdyno.engine.step_tapes import StepTapes
-from peftdyno.engine.tape import TapeRecorder
 
 LEAST_STEPS, LEAST_TAPED = 32, 128
 """Steps below which `auto` does not record, on a GPU and on a CPU: recordings and their checks cost some."""
@@ -35,13 +34,13 @@ def step_graphs(
             return None
         raise UserError(f"--graphs on: {why}")
     if not isinstance(choice, str):
-        return StepGraphs(decoder, bank, choice)
+        return StepGraphs(decoder, bank, recorder=choice)
     on_cpu = decoder.device.type == "cpu"
     if choice == "auto" and num_steps < (LEAST_TAPED if on_cpu else LEAST_STEPS):
         return None
     if on_cpu:
-        return StepTapes(decoder, bank, TapeRecorder(), choice)
-    return StepGraphs(decoder, bank, CudaRecorder(), choice)
+        return StepTapes(decoder, bank, choice)
+    return StepGraphs(decoder, bank, choice, recorder=CudaRecorder())
 
 
 def _unrecordable(decoder: Decoder, bank: AdapterBank, *, of_device: bool) -> str:

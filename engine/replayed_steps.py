@@ -15,7 +15,7 @@ from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import SITES
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
-from peftdyno.engine.graphs import GraphChoice, Recorder
+from peftdyno.engine.graphs import GraphChoice
 from peftdyno.engine.pack import Pack
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
 
@@ -108,7 +108,6 @@ class ReplayedSteps:
 
     decoder: Decoder
     bank: AdapterBank
-    recorder: Recorder
     choice: GraphChoice = "on"
     complaint: str = ""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftdyno.engine.accounting.ledger import Ledger
+from peftdyno.engine.graphs import Recorder
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack_padding import PackSize, padded
 from peftdyno.engine.replayed_steps import ReplayedSteps, check_same, integer_arrays, put, with_integer_arrays
@@ -65,6 +66,7 @@ class Recording:
 class StepGraphs(ReplayedSteps):
     """Recorded micro-batches of one training, by size, the one used last at the end."""
 
+    recorder: Recorder = field(kw_only=True)
     recordings: dict[PackSize, Recording] = field(default_factory=dict)
 
     def forward_backward(self, packs: Sequence[Pack], step: int, ledger: Ledger) -> tuple[list[float], int]:

@@ -85,8 +85,7 @@ class TapeRecorder:
 
     def record(self, call: Callable[[], Tensor]) -> Repeated:
         """The repeated call; RuntimeError where it reads a value on the host."""
-        heard = Heard()
-        return heard.listen(call).repeated()
+        return Heard().listen(call).repeated()
 
 
 class _Listening(DispatchMode):
@@ -159,16 +158,20 @@ class Heard:
         return None if _geometry(view) == self.made[slot] else _geometry(view)
 
     def _slot(self, tensor: Tensor) -> int:
-        """The slot of a tensor's storage; NOWHERE for one from outside."""
-        return self.slots.get(tensor.untyped_storage()._cdata, (NOWHERE, None))[0]
+        """The slot of a tensor's storage; NOWHERE for one from outside, also where a storage of the tape lay before.
+
+        Nothing is called when a storage goes: Python loses an interrupt that comes in such a call.
+        """
+        slot, storage = self.slots.get(tensor.untyped_storage()._cdata, (NOWHERE, None))
+        return NOWHERE if storage is None or storage() is None else slot
 
     def _output(self, tensor: Tensor, known: set[int]) -> int:
         """A new slot, unless the storage is that of an argument."""
-        storage, slot, slots = tensor.untyped_storage(), len(self.made), self.slots
+        storage, slot = tensor.untyped_storage(), len(self.made)
         key = storage._cdata
         if key in known:
             return NOWHERE
-        slots[key] = slot, weakref.ref(storage, lambda _: slots.pop(key, None))
+        self.slots[key] = slot, weakref.ref(storage)
         self.made.append(_geometry(tensor))
         return slot
 

@@ -148,7 +148,7 @@ def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -
     pack = pack_of(sizes, len(setting.methods), decoder.config.vocab_size)
     optimizer, ledger = AdamW.create(bank), Ledger(Scope())
     recorder = CudaRecorder() if device.type == "cuda" else EagerRecorder()
-    graphs = StepGraphs(decoder, bank, recorder) if setting.graphs else None
+    graphs = StepGraphs(decoder, bank, recorder=recorder) if setting.graphs else None
     seconds = times(lambda: run_step(decoder, bank, optimizer, [pack], ledger, 1, graphs), device, 2 if tiny else STEPS)
     job = Job(config=decoder.config, methods=setting.methods, dtype=decoder.dtype, device=device.type)
     flops = training_step(job, [pack]).total().flops

@@ -155,7 +155,7 @@ def test_replayed_steps_train_alike(form: str, share: bool, recorder: Recorder, 
     """Losses and masters of three steps of two runs; all packs of a kind by one recording."""
     plain, recorded = (shake(llama.bank(small_method(form), (1, 2))) for _ in range(2))
     recorder = Counting(recorder)
-    step = StepGraphs(llama.decoder, recorded, recorder)
+    step = StepGraphs(llama.decoder, recorded, recorder=recorder)
     expected = train_steps(llama, form, share, None, plain)
     found = train_steps(llama, form, share, step, recorded)
     for ours, theirs in zip(found, expected, strict=True):
@@ -169,7 +169,7 @@ def test_dropout_follows_the_step(llama: TinyModel) -> None:
     """One pack at two steps: two masks, each that of the eager step."""
     bank = shake(llama.bank(small_method("lora"), (1,)))
     pack, ledger = pack_of(bank, batch([9, 14])), Ledger(Scope(), on=False)
-    step = StepGraphs(llama.decoder, bank, EagerRecorder())
+    step = StepGraphs(llama.decoder, bank, recorder=EagerRecorder())
     found = [results(bank, forward_backward(llama.decoder, bank, [pack], i, ledger, step)[0]) for i in (0, 1, 2, 3)]
     for i, ours in enumerate(found):
         agree(ours, results(bank, forward_backward(llama.decoder, bank, [pack], i, ledger)[0]))
@@ -179,7 +179,7 @@ def test_dropout_follows_the_step(llama: TinyModel) -> None:
 def test_a_larger_pack_makes_a_new_recording(llama: TinyModel) -> None:
     bank = shake(llama.bank(small_method("ia3"), (1,)))
     recorder, ledger = Counting(), Ledger(Scope(), on=False)
-    step = StepGraphs(llama.decoder, bank, recorder)
+    step = StepGraphs(llama.decoder, bank, recorder=recorder)
     counts = []
     for lengths in ([9, 14], [12, 9], [60, 30], [14, 9], [50, 35]):
         pack = pack_of(bank, batch(lengths))
@@ -202,7 +202,7 @@ def test_runs_that_ended_take_no_rows(llama: TinyModel) -> None:
 def test_the_recording_not_used_for_longest_goes(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST_RECORDINGS", 2)
     bank = llama.bank(small_method("ia3"), (1,))
-    step, ledger = StepGraphs(llama.decoder, bank, EagerRecorder()), Ledger(Scope(), on=False)
+    step, ledger = StepGraphs(llama.decoder, bank, recorder=EagerRecorder()), Ledger(Scope(), on=False)
     for lengths in ([9], [70], [9], [9], [100], [70]):
         forward_backward(llama.decoder, bank, [pack_of(bank, batch(lengths))], 0, ledger, step)
     assert [size.rows for size in step.recordings] == [128, 96]
@@ -241,7 +241,7 @@ def test_a_replay_that_differs_is_reported(recorder: type[EagerRecorder], llama:
     for choice in ("on", "auto"):
         bank = shake(llama.bank(small_method("lora"), (1, 2)))
         packs = [pack_of(bank, batch([9, 14], 2, seed)) for seed in (1, 2)]
-        step = StepGraphs(llama.decoder, bank, recorder(), choice)  # type: ignore[arg-type]
+        step = StepGraphs(llama.decoder, bank, choice, recorder=recorder())  # type: ignore[arg-type]
         if choice == "on":
             with (
                 warnings.catch_warnings(),
@@ -267,7 +267,8 @@ def test_training_says_that_it_goes_on_without(tmp_path: Path, monkeypatch: pyte
     recorder = Counting()
     assert run("recorded", recorder) == plain == [] and recorder.count > 0
     monkeypatch.setattr(
-        "peftdyno.engine.train.step_graphs", lambda choice, decoder, bank, _: StepGraphs(decoder, bank, Twice(), "auto")
+        "peftdyno.engine.train.step_graphs",
+        lambda choice, decoder, bank, _: StepGraphs(decoder, bank, "auto", recorder=Twice()),
     )
     with pytest.warns(UserWarning, match="without recorded steps"):
         assert [e.split(":")[0] for e in run("given up", "auto")] == ["training goes on without recorded steps"]
@@ -279,7 +280,7 @@ def test_counted_steps_count_what_is_not_padded(llama: TinyModel) -> None:
     """The counts are those of the eager step, the results those of the replay, and no pack is seen twice."""
     bank = llama.bank(small_method("ia3"), (1,))
     counted, plain = (Ledger.of(llama.decoder, bank) for _ in range(2))
-    step, uncounted = StepGraphs(llama.decoder, bank, EagerRecorder()), Ledger(Scope(), on=False)
+    step, uncounted = StepGraphs(llama.decoder, bank, recorder=EagerRecorder()), Ledger(Scope(), on=False)
     pack = pack_of(bank, batch([9, 14]))
     found = results(bank, forward_backward(llama.decoder, bank, [pack], 0, counted, step)[0])
     expected = results(bank, forward_backward(llama.decoder, bank, [pack], 0, uncounted, step)[0])
@@ -326,7 +327,7 @@ def test_a_killed_training_ends_with_the_same_bits(graphs: Any, seeds: tuple[int
 
 def test_auto_leaves_large_packs_alone(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = llama.bank(small_method("ia3"), (1,))
-    step = StepGraphs(llama.decoder, bank, EagerRecorder(), "auto")
+    step = StepGraphs(llama.decoder, bank, "auto", recorder=EagerRecorder())
     small, large = (pack_of(bank, batch(lengths)) for lengths in ([9], [90]))
     layer = llama.decoder.weights.layers[0]
     weights = sum(w.shape[0] * w.shape[1] for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
@@ -342,7 +343,7 @@ def test_choices(llama: TinyModel) -> None:
     two = llama.bank(small_method("lora"), (1, 2))
     for choice, given, num_steps in (("on", bank, 1), ("auto", bank, LEAST_TAPED), ("auto", two, LEAST_TAPED)):
         steps = step_graphs(choice, llama.decoder, given, num_steps)  # type: ignore[arg-type]
-        assert isinstance(steps, StepTapes) and isinstance(steps.recorder, TapeRecorder)
+        assert isinstance(steps, StepTapes)
     with pytest.raises(UserError, match="--graphs"):
         step_graphs("always", llama.decoder, bank, 100)  # type: ignore[arg-type]
     cheap = Decoder(llama.config, llama.decoder.weights, activations="cheap")
@@ -373,7 +374,7 @@ def taken_from_host(method: Method) -> list[str]:
     """What a recorded step of two runs takes from the host, beside what is put into its buffers."""
     job = Job(config=TINY, methods=(method, method), dtype=torch.bfloat16, device="cuda")
     decoder, bank = job.model(Scope())
-    steps = StepGraphs(decoder, bank, EagerRecorder())
+    steps = StepGraphs(decoder, bank, recorder=EagerRecorder())
     pack = pack_of(bank, batch([9, 14], 2), share_prefix=True)
     size = PackSize.of(pack)
     recording = graphs.Recording.of(padded(pack, size), size, decoder.device)

@@ -10,7 +10,7 @@ from peftdyno.engine.errors import UserError
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.sized_tape import SizedTape
 from peftdyno.engine.step_tapes import StepTapes
-from peftdyno.engine.tape import TapeRecorder, unavailable
+from peftdyno.engine.tape import unavailable
 from peftdyno.engine.train import forward_backward
 
 from .banks import FORMS, TinyModel, pack_of, random_sequences, relative, shake, small_method
@@ -23,7 +23,7 @@ Lengths = list[list[int]]
 
 def steps_of(model: TinyModel, form: str, choice: str = "on", runs: int = 1) -> StepTapes:
     bank = shake(model.bank(small_method(form), tuple(range(1, 1 + runs))))
-    return StepTapes(model.decoder, bank, TapeRecorder(), choice)  # type: ignore[arg-type]
+    return StepTapes(model.decoder, bank, choice)  # type: ignore[arg-type]
 
 
 def packed(tapes: StepTapes, lengths: Lengths) -> Pack:

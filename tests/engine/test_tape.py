@@ -110,6 +110,20 @@ def test_operators_of_ours() -> None:
     repeats(compute, 5, 6)
 
 
+def test_a_tensor_from_outside_where_one_of_the_tape_was() -> None:
+    """The allocator gives the same memory again and Python the same address."""
+
+    def compute(x: Tensor) -> Tensor:
+        total = x * 0
+        for _ in range(50):
+            made = x + 1
+            del made
+            total = total + torch.tensor([1.0, 2.0, 3.0]) * x
+        return total
+
+    repeats(compute, 3)
+
+
 def test_recording_does_not_import_the_compiler() -> None:
     """It would take longer than a short answer."""
     program = (

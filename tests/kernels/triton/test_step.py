@@ -121,7 +121,7 @@ def test_a_recorded_step_computes_another_pack(device: torch.device, monkeypatch
         bank.flat.add_(0.1 * torch.randn(bank.flat.shape, generator=torch.Generator().manual_seed(1)).to(device))
     lay_borders(weights, bank)
     decoder, ledger, before = Decoder(config, weights), Ledger(Scope(), on=False), dispatch.current()
-    steps, found = step_graphs.StepGraphs(decoder, bank, EagerRecorder()), []
+    steps, found = step_graphs.StepGraphs(decoder, bank, recorder=EagerRecorder()), []
     dispatch.use("triton")
     try:
         for i, shape in enumerate(SHAPES):
