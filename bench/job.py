@@ -228,7 +228,7 @@ def _train(
         evaluate_every=settings.evaluate_every,
         evaluation_batch=settings.rows_at_a_time(),
         save_every=settings.save_every,
-        graphs=settings.graphs if settings.memory_limit is None else "off",
+        graphs=settings.graphs if settings.memory_limit is None or decoder.device.type == "cpu" else "off",
     )
     ledger = Ledger.of(decoder, bank)
     gc.collect()  # what earlier jobs left in cycles would count as memory of this one

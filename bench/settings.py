@@ -59,7 +59,7 @@ class JobSettings(BaseModel):
     share_prefix: Literal["auto", "on", "off"] = "auto"
     graphs: Literal["auto", "on", "off"] = "auto"
     """Whether training steps are recorded and replayed, on a GPU as CUDA graphs, on a CPU as tapes; auto leaves it in
-    short trainings and under a memory limit, for recordings and their padding are not part of what a limit predicts."""
+    short trainings, and on a GPU under a memory limit, which does not predict recordings and their padding."""
     limit_train: int | None = Field(None, ge=1)
     limit_validation: int | None = Field(256, ge=1)
     """Random rows of the validation split; null for all."""

@@ -23,6 +23,7 @@ from peftdyno.bench.step_summary import summarise
 from peftdyno.bench.store import read_record
 from peftdyno.engine.border import lay_borders
 from peftdyno.engine.panels import held_bytes
+from peftdyno.engine.step_tapes import StepTapes
 from peftdyno.engine.tape import unavailable
 from peftdyno.kernels import cpu, memory
 
@@ -111,6 +112,22 @@ def test_predicted_peak_of_recorded_steps(tiny_model: Path, tiny_data: Path, tmp
     assert replayed.memory.predicted_peak_bytes == plain.memory.predicted_peak_bytes
     assert replayed.memory.measured_peak_bytes == pytest.approx(plain.memory.measured_peak_bytes, rel=0.001)
     assert replayed.loss == plain.loss
+
+
+@pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels, which replay tapes, are not built")
+def test_steps_are_recorded_under_a_memory_limit(
+    base, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where recordings need no memory."""
+    monkeypatch.setattr("peftdyno.engine.recorded_steps.LEAST_TAPED", 8)
+    recorded, made = StepTapes._recorded, []
+    monkeypatch.setattr(StepTapes, "_recorded", lambda *args: made.append(recorded(*args)) or made[-1])
+    found = [
+        finish(base, tmp_path / str(i), data=tiny_data, batch=2, steps=steps, memory_limit=limit)[0]
+        for i, (steps, limit) in enumerate(((8, "1GiB"), (8, None), (7, None)))
+    ]
+    assert len(made) >= 4 and found[0].loss == found[1].loss != found[2].loss
+    assert found[0].memory.measured_peak_bytes == pytest.approx(found[1].memory.measured_peak_bytes, rel=0.001)
 
 
 def test_all_steps_flops(base, tiny_data: Path, tmp_path: Path) -> None:
