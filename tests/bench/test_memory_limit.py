@@ -179,7 +179,8 @@ def test_a_training_stays_within_its_limit(base, tiny_data: Path, tmp_path: Path
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_validation_has_fewer_rows_at_a_time_where_they_would_not_fit(base, tiny_data: Path) -> None:
+def test_validation_has_fewer_rows_at_a_time_where_they_would_not_fit(base, tiny_data: Path, threads) -> None:
+    threads(1)  # each has scratch of its own
     job = job_of(base, tiny_data, seeds=(1, 2), evaluation_batch=8)
     counts = [validation_rows(job, base, limit) for limit in (1 << 40, 860_000, 780_000)]
     assert counts[0] == 8 and counts == sorted(counts, reverse=True) and 8 > counts[2] >= 1, counts
