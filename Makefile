@@ -38,7 +38,7 @@ print("CPU kernels:", "compiled C++" if AVAILABLE else "PyTorch operations, as t
 endef
 export KERNELS_IN_USE
 
-.PHONY: run test golden sanitize lint check tree bench-cpu aot gpu clean FORCE
+.PHONY: run test golden sanitize lint check tree bench-cpu bench-tiles aot gpu clean FORCE
 
 run: $(READY)
 	$(BIN)/peftdyno demo
@@ -80,6 +80,12 @@ gpu:
 # Side by side with transformers + PEFT and the HF Trainer; ARGS='--only step-128' for a part.
 bench-cpu: $(READY)
 	$(BIN)/python -P -m peftdyno.bench.compare $(ARGS)
+
+# What a product of tiles costs on this processor, by how many tiles are in use.
+bench-tiles:
+	@mkdir -p build
+	$(CXX) -O2 -std=c++20 -mavx512f -mamx-tile -mamx-bf16 -Wno-attributes bench/micro/tiles.cpp -o build/tiles
+	build/tiles
 
 lint check: $(READY) $(TYPING)
 	$(BIN)/ruff format --check .

@@ -47,12 +47,13 @@ class RunAhead:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Tokens and labels of every sequence, [2, steps, batch], 0 where a step has fewer."""
+        """Tokens with rows and labels of every sequence, [2, steps, batch], 0 where a step has fewer."""
         rows = len(self.examples)
         table = np.zeros((2, rows), dtype=np.int64)
         for i in self.examples.used(self.batch, self.seed, self.steps):
             example = self.examples[i]
-            table[:, i] = len(example.tokens), example.num_labels
+            sequence = PackSequence(tokens=example.tokens, num_prompt=example.num_prompt)
+            table[:, i] = len(sequence.inputs()), example.num_labels
         epoch = steps_per_epoch(rows, self.batch)
         room = epoch * self.batch - rows
         orders = (batch_indices(rows, rows, self.seed, k) for k in range(-(-self.steps // epoch)))

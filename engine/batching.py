@@ -78,6 +78,7 @@ def packs_of(
             num_runs=len(sequences),
             share_prefix=share_prefix,
             root=root,
+            losses_only=True,
         )
         for start in range(0, longest, micro_batch)
     ]

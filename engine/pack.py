@@ -32,6 +32,10 @@ class Sequence:
     ordinal: int = 0
     weight: float = 1.0
 
+    def inputs(self) -> tuple[int, ...]:
+        """Tokens that its losses need: not the last of those with labels, which predicts nothing."""
+        return self.tokens[:-1] if len(self.tokens) > max(self.num_prompt, 1) else self.tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Root:
@@ -113,14 +117,13 @@ def _runs_to(runs: TokenRuns, device: torch.device | str) -> TokenRuns:
     return replace(runs, streams=None if runs.streams is None else runs.streams.to(device))
 
 
-def shared_prefix_length(sequences: SequenceOf[Sequence]) -> int:
-    """Length of the longest common beginning of two or more sequences that leaves each a token of its own."""
-    if len(sequences) < 2:
+def shared_prefix_length(rows: SequenceOf[SequenceOf[int]]) -> int:
+    """Length of the longest common beginning of two or more rows of tokens that leaves each a token of its own."""
+    if len(rows) < 2:
         return 0
-    shortest = min(len(s.tokens) for s in sequences) - 1
-    first = sequences[0].tokens
+    shortest = min(map(len, rows)) - 1
     for length in range(max(shortest, 0)):
-        if any(s.tokens[length] != first[length] for s in sequences):
+        if any(row[length] != rows[0][length] for row in rows):
             return length
     return max(shortest, 0)
 
@@ -166,8 +169,10 @@ def build_pack(
     num_runs: int = 1,
     share_prefix: bool = False,
     root: Root | None = None,
+    losses_only: bool = False,
 ) -> Pack:
     """Lay sequences out run by run; with `share_prefix` a run's common beginning is one segment, parent of the rest.
+    With `losses_only` tokens that no loss needs have no rows.
 
     Raises ValueError for an empty sequence or a run out of range.
     """
@@ -176,16 +181,15 @@ def build_pack(
     for i, sequence in enumerate(sequences):
         if not sequence.tokens or not 0 <= sequence.run < num_runs:
             raise ValueError(f"sequence {i}: {len(sequence.tokens)} tokens, run {sequence.run} of {num_runs}")
+    rows = [s.inputs() if losses_only else s.tokens for s in sequences]
     for run in range(num_runs):
         members = [i for i, s in enumerate(sequences) if s.run == run]
         parent = builder.root(root, run) if root is not None and members else -1
-        shared = shared_prefix_length([sequences[i] for i in members]) if share_prefix else 0
+        shared = shared_prefix_length([rows[i] for i in members]) if share_prefix else 0
         if shared:
-            prefix = sequences[members[0]].tokens[:shared]
-            parent = builder.append(prefix, parent=parent, run=run, ordinal=PREFIX_STREAM)
+            parent = builder.append(rows[members[0]][:shared], parent=parent, run=run, ordinal=PREFIX_STREAM)
         for i in members:
-            own = sequences[i].tokens[shared:]
-            leaves[i] = builder.append(own, parent=parent, run=run, ordinal=sequences[i].ordinal)
+            leaves[i] = builder.append(rows[i][shared:], parent=parent, run=run, ordinal=sequences[i].ordinal)
             builder.label(sequences[i], leaves[i], shared)
         offsets.append(len(builder.tokens))
         label_offsets.append(len(builder.labels))

@@ -125,7 +125,7 @@ class ReplayedSteps:
 
     def pays(self, pack: Pack) -> bool:
         """Whether `auto` records a pack."""
-        raise NotImplementedError
+        return True
 
     def forward_backward(self, packs: Sequence[Pack], step: int, ledger: Ledger) -> tuple[list[float], int]:
         """Gradients of a step's packs into the bank's; each run's loss and the number of tokens that count."""

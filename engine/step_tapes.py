@@ -17,7 +17,7 @@ from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.replayed_steps import ReplayedSteps, check_same, integer_arrays, with_integer_arrays
 from peftdyno.engine.sized_tape import SizedTape
-from peftdyno.engine.tape import Heard
+from peftdyno.engine.tape import Heard, Repeated
 from peftdyno.kernels.attention import AttentionLayout
 
 MOST_RECORDED = 16
@@ -28,6 +28,7 @@ NUM_CHECKED = 3
 """Replays that are compared with the launched step: the first is of the pack that was recorded."""
 SKETCHED = 64
 """Elements of a gradient whose sum stands for them where two steps are compared."""
+Sizes = tuple[int, ...]
 Kind = tuple[tuple[bool, ...], tuple[bool, ...]]
 """Which runs have rows and which have labels."""
 
@@ -39,10 +40,6 @@ class StepTapes(ReplayedSteps):
 
     tapes: dict[Kind, list[SizedTape]] = field(default_factory=dict)
     num_recorded: int = 0
-
-    def pays(self, pack: Pack) -> bool:
-        """Whether `auto` records a pack."""
-        return True
 
     def forget(self) -> None:
         """Drop all recordings."""
@@ -60,43 +57,39 @@ class StepTapes(ReplayedSteps):
     def add(self, pack: Pack, ledger: Ledger, *, first: bool) -> None:
         """Add a pack's gradients and losses; `first` where none of the step's were added before."""
         ledger.see(pack)
-        tape = self._fitting(pack)
-        if tape is not None and tape.num_checked >= NUM_CHECKED:
-            _replay(tape, pack, ledger)
+        sizes = sizes_of(pack)
+        tape = next((tape for tape in self.tapes.get(_kind(pack), ()) if tape.fits(sizes)), None)
+        if tape is not None and tape.num_checked == NUM_CHECKED:
+            _replay(tape.at(sizes, given_of(pack)), ledger)
         elif self.complaint or not first or (tape is None and self.num_recorded == MOST_RECORDED):
             self.launch(pack, ledger)
         else:
             with ledger.phase("backward"):
-                self._add_alone(pack, tape)
+                self._add_alone(pack, sizes, tape)
 
-    def _fitting(self, pack: Pack) -> SizedTape | None:
-        sizes = sizes_of(pack)
-        return next((tape for tape in self.tapes.get(_kind(pack), ()) if tape.fits(sizes)), None)
-
-    def _add_alone(self, pack: Pack, tape: SizedTape | None) -> None:
+    def _add_alone(self, pack: Pack, sizes: Sizes, tape: SizedTape | None) -> None:
         """The first pack of a step by a tape, once it is seen to give what the call gave that was recorded, or, where
         it was recorded before, what the step gives without it."""
         try:
             if tape is None:
-                tape = self._recorded(pack)
+                tape = self._recorded(pack, sizes)
             else:
                 self.launch(pack, self.quiet)
             expected = self._sketch()
             self.clear()
-            tape.at(sizes_of(pack), given_of(pack))()
+            tape.at(sizes, given_of(pack))()
             check_same(self._sketch(), expected, self.decoder.dtype)
-            tape.num_checked += 1
+            tape.num_checked = min(tape.num_checked + 1, NUM_CHECKED)
         except RuntimeError as error:
             self.clear()
             self.give_up(error)
         if self.complaint:
             self.launch(pack, self.quiet)
 
-    def _recorded(self, pack: Pack) -> SizedTape:
+    def _recorded(self, pack: Pack, sizes: Sizes) -> SizedTape:
         """The tape of a pack, which is added: one that is there already and has learned of it, or a new one.
         RuntimeError where there would be too many."""
-        own = _of_its_own(pack)
-        sizes, tapes = sizes_of(own), self.tapes.setdefault(_kind(own), [])
+        own, tapes = _of_its_own(pack), self.tapes.setdefault(_kind(pack), [])
         heard = Heard(given_of(own)).listen(lambda: self.run(own))
         self.keyed.state.clear()
         self.num_recorded += 1
@@ -117,16 +110,15 @@ class StepTapes(ReplayedSteps):
         return [torch.cat(sums, dim=1), self.sums.clone()]
 
 
-def _replay(tape: SizedTape, pack: Pack, ledger: Ledger) -> None:
-    """A pack by a tape, its two passes charged apart."""
+def _replay(again: Repeated, ledger: Ledger) -> None:
+    """A replay, its two passes charged apart."""
     with ledger.phase("forward"):
-        again = tape.at(sizes_of(pack), given_of(pack))
         again.forward()
     with ledger.phase("backward"):
         again.backward()
 
 
-def sizes_of(pack: Pack) -> tuple[int, ...]:
+def sizes_of(pack: Pack) -> Sizes:
     """All sizes that a step depends on."""
     labels, layout = pack.labels, pack.layout
     counts = pack.num_tokens, pack.virtual_rows.numel(), len(layout.segments), len(layout.chain)

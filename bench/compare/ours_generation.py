@@ -27,9 +27,10 @@ class OurGeneration:
     eos_ids: list[int]
     unit: Literal["examples", "tokens"]
     pack_weights: PackWeights = "auto"
+    dtype: str = "bf16"
 
     def __post_init__(self) -> None:
-        self.decoder, family = base(self.model)
+        self.decoder, family = base(self.model, self.dtype)
         self.bank = bank_from_adapters([Path(self.adapter)], self.decoder.config, self.decoder.weights, family)
 
     def measure(self) -> dict[str, float]:

@@ -86,7 +86,7 @@ class OurSteps:
             PackSequence(tokens=row.tokens, num_prompt=row.num_prompt, ordinal=i, weight=1 / total)
             for i, row in enumerate(rows)
         ]
-        return build_pack(sequences, share_prefix=self.share_prefix, root=self.bank.root)
+        return build_pack(sequences, share_prefix=self.share_prefix, root=self.bank.root, losses_only=True)
 
     def save(self, folder: str) -> None:
         """Hand the adapter over in PEFT's form."""

@@ -15,7 +15,6 @@ from peftdyno.bench.compare.handover import hand_over
 from peftdyno.bench.compare.ours_steps import base, new_bank
 from peftdyno.bench.compare.rows import TokenRow
 from peftdyno.engine.batching import Example
-from peftdyno.engine.graphs import GraphChoice
 from peftdyno.engine.optim import OptimConfig
 from peftdyno.engine.panels import PackWeights, packed_weights
 from peftdyno.engine.train import RunData, TrainConfig, train
@@ -34,8 +33,6 @@ class OurTraining:
     steps: int
     optim: dict[str, Any]
     share_prefix: Literal["auto", "on", "off"] = "auto"
-    graphs: GraphChoice = "auto"
-    pack_weights: PackWeights = "off"
 
     def __post_init__(self) -> None:
         self.decoder, self.family = base(self.model)
@@ -54,13 +51,6 @@ class OurTraining:
         """Hand each run's adapter over in PEFT's form."""
         for run, folder in enumerate(folders):
             hand_over(self.bank, run, Path(folder), self.family)
-
-    def measure(self) -> dict[str, float]:
-        """Seconds from the end of the first step, which is not counted, to the end of the last; units are runs'
-        examples."""
-        self._start()
-        ends = self._train()[0]
-        return {"seconds": ends[-1] - ends[0], "units": float((len(ends) - 1) * self.batch * len(self.seeds))}
 
     def trajectory(self) -> dict[str, list[float]]:
         """Losses and gradient norms of the first run's steps."""
@@ -83,11 +73,8 @@ class OurTraining:
             ends.append(time.perf_counter())
             self._after(ends)
 
-        config = TrainConfig(share_prefix=self.share_prefix, evaluate_every=0, save_every=0, graphs=self.graphs)
-        with (
-            tempfile.TemporaryDirectory(prefix="peftdyno-") as folder,
-            packed_weights(self.decoder, self.pack_weights, backward=True),
-        ):
+        config = TrainConfig(share_prefix=self.share_prefix, evaluate_every=0, save_every=0)
+        with tempfile.TemporaryDirectory(prefix="peftdyno-") as folder:
             train(
                 self.decoder, self.bank, self.data, config, Path(folder),
                 progress=after,

@@ -139,8 +139,8 @@ struct AmxEngine {
 
   struct alignas(64) TileConfiguration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint16_t row_bytes[16] = {64, 64, 64, 64};  // of four tiles; the others stay free
+    uint8_t rows[16] = {16, 16, 16, 16};
   };
 
   static void begin() {
@@ -149,56 +149,41 @@ struct AmxEngine {
   }
   static void end() { _tile_release(); }
 
-  // A block of C of 16 * ROWS rows and 16 * COLUMNS columns in tiles 0 to 3; ROWS and COLUMNS are 1 or 2.
-  template <int ROWS, int COLUMNS>
+  // A block of C of 16 rows and 16 * COLUMNS columns. Two sums and two operands: more tiles in use can cost more time
+  // than they save loads (docs/decisions/cpu-products.md).
+  template <int COLUMNS>
   PEFTDYNO_INLINE void tiles(int64_t k_size, const bfloat16* a, int64_t lda, const bfloat16* b, int64_t ldb, float* c,
                              int64_t ldc, bool accumulate) {
-    float* below = c + 16 * ldc;
     if (accumulate) {
       _tile_loadd(0, c, ldc * 4);
       if (COLUMNS == 2) _tile_loadd(1, c + 16, ldc * 4);
-      if (ROWS == 2) _tile_loadd(2, below, ldc * 4);
-      if (ROWS * COLUMNS == 4) _tile_loadd(3, below + 16, ldc * 4);
     } else {
       _tile_zero(0);
       if (COLUMNS == 2) _tile_zero(1);
-      if (ROWS == 2) _tile_zero(2);
-      if (ROWS * COLUMNS == 4) _tile_zero(3);
     }
     for (int64_t k = 0; k < k_size; k += 32) {
-      _tile_loadd(4, a + k, lda * 2);
-      _tile_loadd(6, b + k * ldb, ldb * 4);
-      _tile_dpbf16ps(0, 4, 6);
-      if (COLUMNS == 2) {
-        _tile_loadd(7, b + k * ldb + 32, ldb * 4);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (ROWS == 2) {
-        _tile_loadd(5, a + 16 * lda + k, lda * 2);
-        _tile_dpbf16ps(2, 5, 6);
-      }
-      if (ROWS * COLUMNS == 4) _tile_dpbf16ps(3, 5, 7);
+      _tile_loadd(2, a + k, lda * 2);
+      _tile_loadd(3, b + k * ldb, ldb * 4);
+      _tile_dpbf16ps(0, 2, 3);
+      if (COLUMNS == 1) continue;
+      _tile_loadd(3, b + k * ldb + 32, ldb * 4);
+      _tile_dpbf16ps(1, 2, 3);
     }
     _tile_stored(0, c, ldc * 4);
     if (COLUMNS == 2) _tile_stored(1, c + 16, ldc * 4);
-    if (ROWS == 2) _tile_stored(2, below, ldc * 4);
-    if (ROWS * COLUMNS == 4) _tile_stored(3, below + 16, ldc * 4);
-  }
-
-  template <int ROWS>
-  PEFTDYNO_INLINE void tile_rows(int64_t n, int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, int64_t ldb,
-                                 float* c, int64_t ldc, bool accumulate) {
-    int64_t j = 0;
-    for (; j + 32 <= n; j += 32) tiles<ROWS, 2>(k, a, lda, b + 2 * j, ldb, c + j, ldc, accumulate);
-    if (j < n) tiles<ROWS, 1>(k, a, lda, b + 2 * j, ldb, c + j, ldc, accumulate);
   }
 
   // `ldb` counts the columns of B; a row of the interleaved form holds 2 ldb elements.
   static void multiply(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b,
                        int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-    int64_t i = 0;
-    for (; i + 32 <= m; i += 32) tile_rows<2>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
-    if (i < m) tile_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    for (int64_t j = 0; j < n; j += 32)
+      for (int64_t i = 0; i < m; i += 16) {
+        float* block = c + i * ldc + j;
+        if (j + 32 <= n)
+          tiles<2>(k, a + i * lda, lda, b + 2 * j, ldb, block, ldc, accumulate);
+        else
+          tiles<1>(k, a + i * lda, lda, b + 2 * j, ldb, block, ldc, accumulate);
+      }
   }
 
   PEFTDYNO_INLINE void store_pair(bfloat16* right, bfloat16* left, int64_t stride, int64_t row, int64_t column,

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t WHOLE_DEPTH = 1536, DEPTH_BLOCK = 768, DEEP_BLOCK = 384;  // the last where there are many blocks
 constexpr int64_t LEFT_BYTES = 768 << 10;   // of the left factor that pass by while panels in parts stay in cache
 constexpr int64_t GROUP_BYTES = 320 << 10;  // of panels packed together
+constexpr int64_t LEAST_ROWS = 128;         // for which panels are packed anew
 constexpr int64_t MANY_ROWS = 1024, FEW_ROWS = 256;  // of a left factor that stays in cache, whole and in parts
 constexpr int64_t SMALL_GROUP = 3, LARGE_GROUP = 8;  // panels at least; the second where rows come from memory anew
 
@@ -26,8 +27,7 @@ struct Blocks {
     const int64_t row_blocks = ratio_up(num_rows, PRODUCT_ROWS);
     const bool whole = full_depth <= WHOLE_DEPTH, many = num_rows > MANY_ROWS;
     depth = whole ? full_depth : padded_to(ratio_up(full_depth, ratio_up(full_depth, most)), 32);
-    rows = whole ? row_blocks * PRODUCT_ROWS
-                 : std::max<int64_t>(PRODUCT_ROWS, LEFT_BYTES / (2 * depth) / PRODUCT_ROWS * PRODUCT_ROWS);
+    rows = std::min(row_blocks, LEFT_BYTES / (2 * depth * PRODUCT_ROWS)) * PRODUCT_ROWS;
     const int64_t available = at::get_num_threads(), least = available == 1 ? 1 : 2 * available;
     const int64_t largest = std::max<int64_t>(2, (many ? 2 : 1) * GROUP_BYTES / (2 * PANEL * depth));
     const bool streamed = many || (!whole && num_rows > FEW_ROWS);
@@ -35,15 +35,16 @@ struct Blocks {
     const int64_t wanted = std::min(streamed ? least : 2 * least, ratio_up(panels, smallest));
     group = ratio_up(panels, std::max(ratio_up(panels, largest), wanted));
     const int64_t groups = ratio_up(panels, group);
-    if (groups < least) row_shares = std::max<int64_t>(1, std::min(ratio_up(least, groups), row_blocks / 4));
+    const int64_t most_shares = std::max<int64_t>(1, row_blocks * PRODUCT_ROWS / LEAST_ROWS);
+    if (groups < least) row_shares = std::min(ratio_up(least, groups), most_shares);
     threads = std::min(available, row_shares * groups);
   }
 
   // Of one thread; the pieces are 64 bytes apart.
   int64_t bytes(const ProductShape& shape, bool packed) const {
-    const int64_t sums = depth < shape.depth ? group * rows * PANEL : PRODUCT_ROWS * PANEL;
+    const int64_t sums = (depth < shape.depth ? group : 1) * rows * PANEL + PRODUCT_ROWS * PANEL;
     const int64_t operands = 2 * depth * ((packed ? 0 : group * PANEL) + PRODUCT_ROWS);
-    const int64_t low_rank = PRODUCT_ROWS * (4 * PANEL + 2 * shape.num_modules * shape.largest_rank);
+    const int64_t low_rank = 2 * rows * shape.num_modules * shape.largest_rank;
     return padded_to(operands + 4 * sums + low_rank + 320, 64);
   }
 };

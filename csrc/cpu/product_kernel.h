@@ -1,8 +1,7 @@
 // bf16 products in tiles: the rows of the left factor pass by panels of the right one, packed a group at a time.
 //
-// The left factor is read where it lies. With one block of the depth a result leaves the tiles once; with several its
-// sum waits in fp32. Low-rank terms are some more depth to the panels of their
-// module; masked ones are products of their own, added where the mask lets them.
+// The left factor is read where it lies. Sums wait in fp32 between parts of the depth. Low-rank terms are some more
+// depth to the panels of their module; masked ones are products of their own, added where the mask lets them.
 #pragma once
 
 #include "block_rows.h"
@@ -33,65 +32,60 @@ struct Ahead {
   }
 };
 
-// Two tiles side by side and those that follow them along the depth: `stride` bytes from row to row of a tile, `other`
-// elements from the first tile to the second, `step` from a pair of tiles to the next.
-struct Tiles {
+// Rows of the left factor: `stride` bytes from row to row, `step` elements to the next 32 of the depth.
+struct LeftTiles {
+  const bfloat16* first;
+  int64_t stride, step;
+};
+
+// Two tiles of the right factor side by side, `other` elements apart.
+struct RightTiles {
   const bfloat16* first;
   int64_t stride, other, step;
 };
 
-PEFTDYNO_INLINE Tiles packed_tiles(const bfloat16* first) {
-  return {first, 64, PANEL * 16, PANEL * 32};
+PEFTDYNO_INLINE RightTiles packed_tiles(const bfloat16* panel) {
+  return {panel, 64, PANEL * 16, PANEL * 32};
 }
 
-// One factor pair of a block: `depth` may be 0.
+// One factor pair of a block.
 struct PanelStep {
   int64_t depth;
-  Tiles a, b;
+  LeftTiles a;
+  RightTiles b;
 };
 
-// Tiles 0 to 3 += rows of A times a panel of B.
-template <int ROWS>
+// Tiles 0 and 1 += rows of A times a panel of B. Two more are enough, and while another thread of the core has tiles in
+// use each tile more costs time (docs/decisions/cpu-products.md).
 PEFTDYNO_INLINE void panel_steps(const PanelStep& s, Ahead& ahead) {
   const bfloat16 *a = s.a.first, *b = s.b.first;
   for (int64_t k = 0; k < s.depth; k += 32, a += s.a.step, b += s.b.step) {
-    _tile_loadd(4, a, s.a.stride);
-    if (ROWS == 2) _tile_loadd(5, a + s.a.other, s.a.stride);
-    _tile_loadd(6, b, s.b.stride);
-    _tile_loadd(7, b + s.b.other, s.b.stride);
+    _tile_loadd(2, a, s.a.stride);
+    _tile_loadd(3, b, s.b.stride);
     Ahead::some(ahead);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (ROWS == 1) continue;
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(0, 2, 3);
+    _tile_loadd(3, b + s.b.other, s.b.stride);
+    _tile_dpbf16ps(1, 2, 3);
   }
 }
 
-constexpr int64_t TILE = 256;  // values of a tile of sums; those of a block lie one tile after another
+constexpr int64_t TILE = 256;                    // values of a tile of sums
+constexpr int64_t BLOCK = PRODUCT_ROWS * PANEL;  // those of a block, two tiles
 
-// Tiles 0 to 3 of 16 ROWS rows: zero, or what is in c.
-template <int ROWS>
+// Tiles 0 and 1: zero, or what is in c.
 PEFTDYNO_INLINE void begin_sums(const float* c, bool add) {
   if (add) {
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + TILE, 64);
-    if (ROWS == 2) _tile_loadd(2, c + 2 * TILE, 64);
-    if (ROWS == 2) _tile_loadd(3, c + 3 * TILE, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    if (ROWS == 2) _tile_zero(2);
-    if (ROWS == 2) _tile_zero(3);
   }
 }
 
-template <int ROWS>
 PEFTDYNO_INLINE void end_sums(float* c) {
   _tile_stored(0, c, 64);
   _tile_stored(1, c + TILE, 64);
-  if (ROWS == 2) _tile_stored(2, c + 2 * TILE, 64);
-  if (ROWS == 2) _tile_stored(3, c + 3 * TILE, 64);
 }
 
 PEFTDYNO_INLINE __mmask32 columns_of(const Panel& panel) {
@@ -134,8 +128,8 @@ static void pack_pairs(const Product& p, const Panel* panels, int64_t count, int
     const bfloat16* even = row_of<bfloat16>(p.right, first + k);
     for (int64_t i = 0; i < count; ++i) {
       const bfloat16 *from = even + panels[i].column, *below = from + p.right.stride;
-      _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD * p.right.stride), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(below + AHEAD * p.right.stride), _MM_HINT_T0);
+      ask_for(from + AHEAD * p.right.stride);
+      ask_for(below + AHEAD * p.right.stride);
       const __m512i a = _mm512_maskz_loadu_epi16(columns_of(panels[i]), from);
       const __m512i b = _mm512_maskz_loadu_epi16(columns_of(panels[i]), below);
       bfloat16* target = to + i * size + k / 32 * 32 * PANEL + k % 32 * LANES;
@@ -173,7 +167,7 @@ static void put_panel(const Product& p, const Panel& panel, int64_t row, int64_t
     bias = PanelRow::of(_mm512_maskz_loadu_epi16(inside, static_cast<const bfloat16*>(p.bias) + panel.column));
   for (int64_t r = 0; r < rows; ++r) {
     bfloat16* to = row_of<bfloat16>(p.out, row + r) + panel.column;
-    const float* from = c + r / 16 * 2 * TILE + r % 16 * LANES;
+    const float* from = c + r * LANES;
     PanelRow sums{load(from) + bias.low, load(from + TILE) + bias.high};
     if (p.accumulate) {
       const PanelRow before = PanelRow::of(_mm512_maskz_loadu_epi16(inside, to));
@@ -185,76 +179,9 @@ static void put_panel(const Product& p, const Panel& panel, int64_t row, int64_t
 
 // What a thread works with.
 struct ProductScratch {
-  bfloat16 *panels, *left, *low_rank;  // the last [modules, PRODUCT_ROWS, largest rank]
+  bfloat16 *panels, *left, *low_rank;  // the last [modules, chunk_rows, largest rank]
   float *sums, *term_sums;             // the last of a masked low-rank term
 };
-
-// The low-rank terms of one run that reach a panel.
-struct PanelTerms {
-  const LowRankTerm* first;
-  int64_t count, next;  // terms from one module to the next
-  const bfloat16* left;
-  int64_t left_size;
-};
-
-// A block's rows of a term's left factor, copied to whole tiles.
-static void copy_low_rank(const LowRankTerm& term, int64_t row, int64_t rows, bfloat16* to) {
-  for (int64_t r = 0; r < PRODUCT_ROWS; ++r)
-    copy_row(row_of<bfloat16>(term.left, row + smaller(r, rows - 1)), r < rows ? term.rank : 0, term.padded_rank, nullptr,
-             to + r * term.padded_rank);
-}
-
-// A low-rank term's part of a block.
-PEFTDYNO_INLINE PanelStep low_rank_step(const LowRankTerm& term, const Panel& panel, const bfloat16* left) {
-  const int64_t rank = term.padded_rank, offset = panel.column - term.column, strip = offset / LORA_STRIP * LORA_STRIP;
-  const bfloat16* right = static_cast<const bfloat16*>(term.right) + strip * rank + 2 * (offset - strip);
-  const int64_t columns = padded_to(smaller(LORA_STRIP, term.width - strip), 32);
-  return {rank, {left, 2 * rank, 16 * rank, 32}, {right, 4 * columns, 32, 32 * columns}};
-}
-
-// c += the part of a masked term, where the mask lets it.
-template <int ROWS>
-PEFTDYNO_INLINE void add_masked(const Product& p, const LowRankTerm& term, const Panel& panel, const PanelStep& step,
-                                int64_t row, int64_t rows, float* part, float* c, Ahead& ahead) {
-  begin_sums<ROWS>(part, false);
-  panel_steps<ROWS>(step, ahead);
-  end_sums<ROWS>(part);
-  const int64_t offset = panel.column - term.column, strip = offset / LORA_STRIP;
-  const uint32_t* mask = term.masks + (strip * p.rows + row) * STRIP_WORDS + offset % LORA_STRIP / 32;
-  for (int64_t r = 0; r < rows; ++r, mask += STRIP_WORDS) {
-    const int64_t at = r / 16 * 2 * TILE + r % 16 * LANES;
-    store(c + at, load(c + at) + masked(load(part + at), *mask));
-    store(c + at + TILE, load(c + at + TILE) + masked(load(part + at + TILE), *mask >> LANES));
-  }
-}
-
-// c (+)= base and low-rank terms, for `rows` rows, 16 ROWS in tiles.
-template <int ROWS>
-PEFTDYNO_INLINE void panel_block(const Product& p, const Panel& panel, const PanelStep& base, const PanelTerms& terms,
-                                 int64_t row, int64_t rows, float* part, float* c, bool add, Ahead& ahead) {
-  begin_sums<ROWS>(c, add);
-  panel_steps<ROWS>(base, ahead);
-  for (int64_t m = 0; m < terms.count; ++m)
-    if (terms.first[m * terms.next].masks == nullptr)
-      panel_steps<ROWS>(low_rank_step(terms.first[m * terms.next], panel, terms.left + m * terms.left_size), ahead);
-  end_sums<ROWS>(c);
-  for (int64_t m = 0; m < terms.count; ++m) {
-    const LowRankTerm& term = terms.first[m * terms.next];
-    if (term.masks == nullptr) continue;
-    const PanelStep step = low_rank_step(term, panel, terms.left + m * terms.left_size);
-    add_masked<ROWS>(p, term, panel, step, row, rows, part, c, ahead);
-  }
-}
-
-// A block of rows of the left factor in packed tiles; rows beyond the last are zero.
-static void pack_left(const Product& p, int64_t row, int64_t first, int64_t depth, bfloat16* to) {
-  for (int64_t r = 0; r < PRODUCT_ROWS; ++r) {
-    const bfloat16* from = row + r < p.rows ? row_of<bfloat16>(p.left, row + r) + first : nullptr;
-    for (int64_t k = 0; k < depth; k += 32)
-      _mm512_storeu_si512(to + k * PRODUCT_ROWS + r * 32,
-                          from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from + k));
-  }
-}
 
 // Some panels at one block of the depth, and the rows of one run that pass by them.
 struct Passage {
@@ -266,37 +193,90 @@ struct Passage {
   int64_t packed_size, sums_size;
 };
 
-// A block's rows as they lie, or packed where a block as it lies would reach beyond the matrix.
-static Tiles left_tiles(const Product& p, const Passage& s, int64_t row, int64_t rows, bfloat16* copy) {
-  const int64_t stride = p.left.stride;
-  if (row + (rows > 16 ? 32 : 16) <= p.rows) return {row_of<bfloat16>(p.left, row) + s.first, 2 * stride, 16 * stride, 32};
-  pack_left(p, row, s.first, s.depth, copy);
-  return packed_tiles(copy);
+// The left factors of a passage's low-rank terms, copied to whole tiles.
+static void copy_low_rank(const Product& p, const Passage& s, bfloat16* to) {
+  int64_t copied = 0;  // one beyond the last module whose factor is
+  for (int64_t i = 0; i < s.num_panels; ++i)
+    for (int64_t m = s.panels[i].first_module; m < s.panels[i].last_module; ++m) {
+      if (m < copied) continue;
+      copied = m + 1;
+      const LowRankTerm& term = p.terms[m * p.num_runs + s.run];
+      bfloat16* rows = to + m * p.chunk_rows * p.largest_rank;
+      for (int64_t r = 0; r < padded_to(s.row_end - s.row_begin, PRODUCT_ROWS); ++r) {
+        const int64_t row = smaller(s.row_begin + r, s.row_end - 1);
+        copy_row(row_of<bfloat16>(term.left, row), row == s.row_begin + r ? term.rank : 0, term.padded_rank, nullptr,
+                 rows + r * term.padded_rank);
+      }
+    }
 }
 
-// A block of rows, which stay in the first-level cache, times every panel.
-static void block_row(const Product& p, const Passage& s, int64_t row, float* sums, const ProductScratch& scratch,
-                      Ahead& ahead) {
-  const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row), left_size = PRODUCT_ROWS * p.largest_rank;
-  const Tiles left = left_tiles(p, s, row, rows, scratch.left);
-  int64_t copied = 0;  // one beyond the last module whose left factor is
-  for (int64_t i = 0; i < s.num_panels; ++i) {
-    const Panel& panel = s.panels[i];
-    float* c = sums + i * s.sums_size;
-    const PanelStep base{s.depth, left, packed_tiles(s.packed + i * s.packed_size)};
-    PanelTerms terms{};
-    if (s.last && panel.first_module < panel.last_module) {
-      terms = {p.terms + panel.first_module * p.num_runs + s.run, panel.last_module - panel.first_module, p.num_runs,
-               scratch.low_rank + panel.first_module * left_size, left_size};
-      for (int64_t m = panel.first_module; m < panel.last_module && copied != panel.last_module; ++m)
-        copy_low_rank(p.terms[m * p.num_runs + s.run], row, rows, scratch.low_rank + m * left_size);
-      copied = panel.last_module;
-    }
-    if (rows > 16)
-      panel_block<2>(p, panel, base, terms, row, rows, scratch.term_sums, c, s.first > 0, ahead);
+// A low-rank term's part of a block.
+PEFTDYNO_INLINE PanelStep low_rank_step(const LowRankTerm& term, const Panel& panel, const bfloat16* left) {
+  const int64_t rank = term.padded_rank, offset = panel.column - term.column, strip = offset / LORA_STRIP * LORA_STRIP;
+  const bfloat16* right = static_cast<const bfloat16*>(term.right) + strip * rank + 2 * (offset - strip);
+  const int64_t columns = padded_to(smaller(LORA_STRIP, term.width - strip), 32);
+  return {rank, {left, 2 * rank, 32}, {right, 4 * columns, 32, 32 * columns}};
+}
+
+// c += the part of a masked term, where the mask lets it.
+static void add_masked(const Product& p, const LowRankTerm& term, const Panel& panel, const PanelStep& step, int64_t row,
+                       int64_t rows, float* part, float* c, Ahead& ahead) {
+  begin_sums(part, false);
+  panel_steps(step, ahead);
+  end_sums(part);
+  const int64_t offset = panel.column - term.column, strip = offset / LORA_STRIP;
+  const uint32_t* mask = term.masks + (strip * p.rows + row) * STRIP_WORDS + offset % LORA_STRIP / 32;
+  for (int64_t r = 0; r < rows; ++r, mask += STRIP_WORDS) {
+    const int64_t at = r * LANES;
+    store(c + at, load(c + at) + masked(load(part + at), *mask));
+    store(c + at + TILE, load(c + at + TILE) + masked(load(part + at + TILE), *mask >> LANES));
+  }
+}
+
+// Low-rank terms of a panel, for the rows from `row` of the passage on; the sums of those without a mask are in tiles.
+template <bool MASKED>
+PEFTDYNO_INLINE void low_rank_terms(const Product& p, const Passage& s, const Panel& panel, int64_t row, int64_t rows,
+                                    const ProductScratch& scratch, float* c, Ahead& ahead) {
+  for (int64_t m = panel.first_module; m < panel.last_module; ++m) {
+    const LowRankTerm& term = p.terms[m * p.num_runs + s.run];
+    if ((term.masks != nullptr) != MASKED) continue;
+    const bfloat16* left = scratch.low_rank + m * p.chunk_rows * p.largest_rank + (row - s.row_begin) * term.padded_rank;
+    const PanelStep step = low_rank_step(term, panel, left);
+    if (MASKED)
+      add_masked(p, term, panel, step, row, rows, scratch.term_sums, c, ahead);
     else
-      panel_block<1>(p, panel, base, terms, row, rows, scratch.term_sums, c, s.first > 0, ahead);
-    if (s.last) put_panel(p, panel, row, rows, c);
+      panel_steps(step, ahead);
+  }
+}
+
+// The last rows of the left factor in whole tiles, for those that would reach beyond the matrix; beyond it zero.
+static void pack_left(const Product& p, int64_t row, int64_t first, int64_t depth, bfloat16* to) {
+  for (int64_t r = 0; r < PRODUCT_ROWS; ++r) {
+    const bfloat16* from = row + r < p.rows ? row_of<bfloat16>(p.left, row + r) + first : nullptr;
+    for (int64_t k = 0; k < depth; k += 32)
+      _mm512_storeu_si512(to + k * PRODUCT_ROWS + r * 32,
+                          from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from + k));
+  }
+}
+
+// A panel at `depth` of the passage's depth from `first` on. Its sums wait in fp32 between parts of the depth.
+static void panel_rows(const Product& p, const Passage& s, int64_t i, int64_t first, int64_t depth,
+                       const ProductScratch& scratch, Ahead& ahead) {
+  const Panel& panel = s.panels[i];
+  const bool add = s.first + first > 0, last = s.last && first + depth == s.depth;
+  const RightTiles right = packed_tiles(s.packed + i * s.packed_size + first * PANEL);
+  float* c = scratch.sums + i * s.sums_size;
+  for (int64_t row = s.row_begin; row < s.row_end; row += PRODUCT_ROWS, c += BLOCK) {
+    const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row);
+    LeftTiles left{row_of<bfloat16>(p.left, row) + s.first + first, 2 * p.left.stride, 32};
+    if (row + PRODUCT_ROWS > p.rows) left = {scratch.left + first * PRODUCT_ROWS, 64, 32 * PRODUCT_ROWS};
+    begin_sums(c, add);
+    panel_steps({depth, left, right}, ahead);
+    if (last) low_rank_terms<false>(p, s, panel, row, rows, scratch, c, ahead);
+    end_sums(c);
+    if (!last) continue;
+    low_rank_terms<true>(p, s, panel, row, rows, scratch, c, ahead);
+    put_panel(p, panel, row, rows, c);
   }
 }
 
@@ -339,11 +319,16 @@ static Ahead ahead_of(const Product& p, const Passage& s, const Unit& next) {
   return ahead;
 }
 
-// One block of the depth.
+// One block of the depth: every panel, a part at a time that stays in the first-level cache while the rows pass by.
 static void pass(const Product& p, const Passage& s, const Unit& next, const ProductScratch& scratch) {
   Ahead ahead = ahead_of(p, s, next);
-  for (int64_t row = s.row_begin; row < s.row_end; row += PRODUCT_ROWS)
-    block_row(p, s, row, scratch.sums + (p.depth_block < p.depth ? (row - s.row_begin) * PANEL : 0), scratch, ahead);
+  const int64_t last_row = s.row_begin + (s.row_end - s.row_begin - 1) / PRODUCT_ROWS * PRODUCT_ROWS;
+  if (last_row + PRODUCT_ROWS > p.rows) pack_left(p, last_row, s.first, s.depth, scratch.left);
+  if (s.last) copy_low_rank(p, s, scratch.low_rank);
+  const int64_t part = padded_to(ratio_up(s.depth, ratio_up(s.depth, CACHED_DEPTH)), 32);
+  for (int64_t i = 0; i < s.num_panels; ++i)
+    for (int64_t first = 0; first < s.depth; first += part)
+      panel_rows(p, s, i, first, smaller(part, s.depth - first), scratch, ahead);
 }
 
 // A unit's rows of one run.
@@ -377,8 +362,8 @@ static void product(const Product& p, int64_t* next_unit, void* memory) {
   ProductScratch scratch;
   scratch.panels = room.take<bfloat16>(p.packed == nullptr ? p.group * p.depth_block * PANEL : 0);
   scratch.left = room.take<bfloat16>(PRODUCT_ROWS * p.depth_block);
-  scratch.sums = room.take<float>(p.depth_block < p.depth ? p.group * p.chunk_rows * PANEL : PRODUCT_ROWS * PANEL);
-  scratch.term_sums = room.take<float>(PRODUCT_ROWS * PANEL);
+  scratch.sums = room.take<float>((p.depth_block < p.depth ? p.group : 1) * p.chunk_rows * PANEL);
+  scratch.term_sums = room.take<float>(BLOCK);
   scratch.low_rank = room.take<bfloat16>(0);
   AmxEngine::begin();
   Unit next = unit_of(p, __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED));

@@ -30,7 +30,8 @@ static void norm_forward_rows(const NormForward& a, int64_t begin, int64_t end) 
     const float* weight = a.weight.values + run * a.width;
     const bool add = a.residual.data != nullptr;
     T* h = add ? row_of<T>(a.h, row) : row_of<T>(a.x, row);
-    float squares = add_and_square<T>(row_of<T>(a.x, row), a.x.stride, add ? row_of<T>(a.residual, row) : nullptr, h, a.width);
+    const T* residual = add ? row_of<T>(a.residual, row) : nullptr;
+    float squares = add_and_square<T>(row_of<T>(a.x, row), a.x.stride, residual, h, a.width);
     float rstd = 1.0f / __builtin_sqrtf(squares / a.width + a.eps);
     a.rstd[row] = rstd;
     T* y = row_of<T>(a.y, row);

@@ -174,7 +174,7 @@ def test_a_token_costs_its_share_of_the_step(setting):
 
 
 def test_a_shared_prefix_is_counted_once(setting):
-    texts = [{"tokens": [7, 8, 9, 20 + i], "num_prompt": 3} for i in range(4)]
+    texts = [{"tokens": [7, 8, 9, 20 + i, 5], "num_prompt": 3} for i in range(4)]
     pack = steps._pack_line(replace(setting, texts=texts))
     assert pack.cells == {"prefix shared": (5.0, 5.0), "prefix repeated": (8.0, 8.0)}
 

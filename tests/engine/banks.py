@@ -106,9 +106,13 @@ def random_sequences(
     return sequences
 
 
-def pack_of(bank: AdapterBank, sequences: SequenceOf[Sequence], *, share_prefix: bool = False) -> Pack:
+def pack_of(
+    bank: AdapterBank, sequences: SequenceOf[Sequence], *, share_prefix: bool = False, losses_only: bool = False
+) -> Pack:
     """The bank's pack of sequences, root included."""
-    return build_pack(sequences, num_runs=bank.num_runs, share_prefix=share_prefix, root=bank.root)
+    return build_pack(
+        sequences, num_runs=bank.num_runs, share_prefix=share_prefix, root=bank.root, losses_only=losses_only
+    )
 
 
 def own_rows(pack: Pack, i: int) -> list[int]:

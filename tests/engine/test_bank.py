@@ -272,11 +272,13 @@ def small_configs(draw: st.DrawFn) -> DecoderConfig:
     lengths=st.lists(st.lists(st.integers(2, 9), max_size=3), min_size=1, max_size=3).filter(any),
     common=st.integers(0, 4),
     share=st.booleans(),
+    losses_only=st.booleans(),
 )
 def test_banks_over_random_models_and_forests(
-    config: DecoderConfig, form: str, lengths: list[list[int]], common: int, share: bool
+    config: DecoderConfig, form: str, lengths: list[list[int]], common: int, share: bool, losses_only: bool
 ) -> None:
-    """Losses and gradients of every run, in a pack of random forests, equal those of the run alone, unshared."""
+    """Losses and gradients of every run, in a pack of random forests, equal those of the run alone, unshared, with
+    a row for every token."""
     weights = random_weights(config, torch.float64, seed=1)
     decoder, method = Decoder(config, weights), small_method(form)
     data = [
@@ -284,7 +286,7 @@ def test_banks_over_random_models_and_forests(
     ]
     with float64_kernels():
         bank = shake(AdapterBank.create(config, [method] * len(data), range(len(data)), weights))
-        pack = pack_of(bank, [s for run in data for s in run], share_prefix=share)
+        pack = pack_of(bank, [s for run in data for s in run], share_prefix=share, losses_only=losses_only)
         losses = backward(decoder, bank, [pack], training=False)
         for run, sequences in enumerate(data):
             alone = shake(AdapterBank.create(config, [method], [run], weights))

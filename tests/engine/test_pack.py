@@ -55,9 +55,19 @@ def test_label_predicted_by_the_prefix_keeps_one_row_for_all():
 
 def test_equal_sequences_leave_each_a_token():
     sequences = [sequence(1, 2, 3), sequence(1, 2, 3)]
-    assert shared_prefix_length(sequences) == 2
+    assert shared_prefix_length([s.tokens for s in sequences]) == 2
     pack = build_pack(sequences, share_prefix=True)
     assert [seen_tokens(pack, leaf) for leaf in pack.leaves] == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_losses_need_no_row_for_a_last_target():
+    sequences = [sequence(1, 2, 3, 4, prompt=3), sequence(1, 2, 5, prompt=3), sequence(1, 2, 6, 7)]
+    pack = build_pack(sequences, losses_only=True)
+    assert pack.tokens.tolist() == [1, 2, 3, 1, 2, 5, 1, 2, 6]
+    assert labels_of(pack) == [(3, 4), (1, 2), (2, 6), (6, 7)]
+    shared = build_pack(sequences, share_prefix=True, losses_only=True)
+    assert shared.tokens.tolist() == [1, 2, 3, 5, 6]
+    assert labels_of(shared) == labels_of(pack)
 
 
 def test_runs_are_contiguous_and_never_share():
@@ -100,15 +110,16 @@ batches = st.lists(st.tuples(tokens, st.integers(0, 8), st.integers(0, 2)), min_
 
 
 @settings(deadline=None, max_examples=200)
-@given(batches, st.booleans())
-def test_every_sequence_sees_itself(batch, share):
+@given(batches, st.booleans(), st.booleans())
+def test_every_sequence_sees_itself(batch, share, losses_only):
     sequences = [Sequence(tokens=tuple(t), num_prompt=p, run=r, ordinal=i) for i, (t, p, r) in enumerate(batch)]
-    pack = build_pack(sequences, num_runs=3, share_prefix=share)
-    assert [seen_tokens(pack, leaf) for leaf in pack.leaves] == [list(s.tokens) for s in sequences]
+    pack = build_pack(sequences, num_runs=3, share_prefix=share, losses_only=losses_only)
+    rows = [list(s.inputs() if losses_only else s.tokens) for s in sequences]
+    assert [seen_tokens(pack, leaf) for leaf in pack.leaves] == rows
     count = sum(max(len(s.tokens) - max(s.num_prompt, 1), 0) for s in sequences)
     assert pack.labels.index.numel() == count
     assert pack.labels.rows.tolist() == sorted(set(pack.labels.index.tolist()))
     if not share:
-        assert pack.num_tokens == sum(len(s.tokens) for s in sequences)
-        assert pack.layout.pairs() == sum(len(s.tokens) * (len(s.tokens) + 1) // 2 for s in sequences)
+        assert pack.num_tokens == sum(map(len, rows))
+        assert pack.layout.pairs() == sum(len(row) * (len(row) + 1) // 2 for row in rows)
     assert torch.equal(pack.to("cpu").tokens, pack.tokens)

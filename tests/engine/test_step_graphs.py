@@ -298,7 +298,11 @@ def test_counted_steps_count_what_is_not_padded(llama: TinyModel) -> None:
 
 @pytest.mark.parametrize(
     ("graphs", "seeds"),
-    [pytest.param(EagerRecorder(), (0, 1), id="again"), pytest.param("on", (0,), marks=needs_tape, id="tape")],
+    [
+        pytest.param(EagerRecorder(), (0, 1), id="again"),
+        pytest.param("on", (0,), marks=needs_tape, id="tape"),
+        pytest.param("on", (0, 1), marks=needs_tape, id="tape-of-two"),
+    ],
 )
 def test_a_killed_training_ends_with_the_same_bits(graphs: Any, seeds: tuple[int, ...], tmp_path: Path) -> None:
     """Recorded anew after each kill, and its first step counted again: packs of several sizes, dropout, one run or

@@ -119,9 +119,9 @@ def test_shared_prefix_trains_the_same(tmp_path):
     ["off", pytest.param("on", marks=pytest.mark.skipif(bool(unavailable()), reason="the C++ kernels are not built"))],
 )
 def test_runs_together_equal_runs_alone(tmp_path, graphs):
-    """Also where a run alone is padded and replayed, as long trainings are, and the bank is not."""
+    """Also where both are replayed, as long trainings are."""
     jobs = [job(steps=50), job(steps=50, seed=3, rate=1e-3), job(steps=20, batch=2)]
-    together, _ = trained(tmp_path / "together", jobs, seeds=(0, 5, 9))
+    together, _ = trained(tmp_path / "together", jobs, seeds=(0, 5, 9), graphs=graphs)
     for j, seed in enumerate((0, 5, 9)):
         folder = tmp_path / f"alone-{j}"
         alone, found = trained(folder, [jobs[j]], seeds=(seed,), graphs=graphs)

@@ -23,6 +23,7 @@ SHAPES = {
     "last rows partial": (122, 576, 72),
     "many groups of columns": (65, 64, 1100),
     "many rows": (1300, 64, 300),
+    "rows in three turns": (530, 1536, 72),
     "two blocks of depth": (40, 1568, 72),
     "deep": (401, 2080, 33),
     "many blocks of depth": (390, 8224, 40),

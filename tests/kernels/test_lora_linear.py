@@ -67,9 +67,10 @@ def test_mask_is_the_stream(isa, columns) -> None:
     assert torch.equal(u != 0, keep_mask(streams, columns, int(keys), dropout))
 
 
-@pytest.mark.parametrize("runs", [[0, 40, 40, 57, 122], [0, 1, 33, 65, 66]], ids=["122", "66"])
+@pytest.mark.parametrize("runs", [[0, 40, 40, 57, 122], [0, 1, 33, 65, 66], [0, 700, 700, 701, 1420]])
 def test_terms_join_panels(check, rows, dtype, runs) -> None:
-    """Modules over several panels and strips of one weight, one of them beginning within a panel."""
+    """Modules over several panels and strips of one weight, one of them beginning within a panel; runs of rows
+    that pass by in one turn and in two."""
     n, columns, out = runs[-1], 576, 440
     x, weight, bias = rows(n, columns, dtype, spare=3), rows(out, columns, dtype), torch.randn(out).to(dtype)
     spans, ranks = [0, 170, 180, 440], [16, 40]

@@ -62,7 +62,7 @@ def test_lora_linear(rows, threads, tokens, border, dropout) -> None:
 
 @pytest.mark.parametrize("threads_used", [1, 2])
 @pytest.mark.parametrize(
-    ("tokens", "depth", "columns"), [(1, 64, 40), (122, 576, 1100), (1100, 1568, 72), (400, 2080, 72)]
+    ("tokens", "depth", "columns"), [(1, 64, 40), (122, 576, 1100), (530, 1536, 72), (1100, 1568, 72), (400, 2080, 72)]
 )
 def test_products(rows, threads, threads_used, tokens, depth, columns) -> None:
     """Of ours, where the processor has tiles; the library states no scratch."""

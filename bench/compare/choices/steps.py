@@ -127,7 +127,7 @@ def _pack_line(setting: Setting) -> Line:
     size = setting.sizes.batch
     batches = [[_sequence(row) for row in batch] for batch in _batches(setting)]
     cells = {
-        name: tuple(float(build_pack(batch, share_prefix=shared).num_tokens) for batch in batches)
+        name: tuple(float(build_pack(batch, share_prefix=shared, losses_only=True).num_tokens) for batch in batches)
         for name, shared in (("prefix shared", True), ("prefix repeated", False))
     }
     return Line(
