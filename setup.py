@@ -17,6 +17,7 @@ ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 PLAIN = [

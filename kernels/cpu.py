@@ -21,7 +21,7 @@ def _load() -> bool:
 AVAILABLE = _load()
 """Whether the C++ extension was built and loads."""
 
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 """What PEFTDYNO_ISA may name, the fastest first."""
 
 

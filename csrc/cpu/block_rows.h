@@ -15,7 +15,7 @@ PEFTDYNO_INLINE void ask_for_row(const T* row, int64_t width) {
 }
 
 // The first `width` elements of a row, then zeros up to `padded`; where a mask is given, what it lets pass.
-#if defined(PEFTDYNO_TILES)
+#if defined(PEFTDYNO_PAIRS)
 PEFTDYNO_INLINE void copy_row(const bfloat16* from, int64_t width, int64_t padded, const uint32_t* mask, bfloat16* to) {
   for (int64_t i = 0; i < padded; i += 32) {
     __mmask32 inside = width - i >= 32 ? ~0u : i < width ? (1u << (width - i)) - 1 : 0u;

@@ -22,18 +22,23 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+
 // CPUID leaf 7: AMX-BF16 is bit 22 and AMX-TILE bit 24 of EDX; the kernel must also grant the tile registers.
 bool has_amx() {
   unsigned a = 7, b, c = 0, d;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   const unsigned tiles = (1u << 22) | (1u << 24);
-  if ((d & tiles) != tiles || !has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
+  if ((d & tiles) != tiles || !has_avx512_bf16()) return false;
   const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 bool has_amx() { return false; }
 #endif
 
@@ -46,6 +51,7 @@ const Kernels& named(const std::string& wanted) {
   const Candidate candidates[] = {
 #if defined(__x86_64__)
       {"amx", has_amx, &amx::table},
+      {"avx512_bf16", has_avx512_bf16, &avx512_bf16::table},
       {"avx512", has_avx512, &avx512::table},
       {"avx2", has_avx2, &avx2::table},
 #endif
@@ -56,7 +62,7 @@ const Kernels& named(const std::string& wanted) {
     if (c.available()) return *c.table;
     if (!wanted.empty()) throw std::runtime_error("instruction set '" + wanted + "': this processor does not have it");
   }
-  throw std::runtime_error("instruction set '" + wanted + "' is not one of amx, avx512, avx2, portable");
+  throw std::runtime_error("instruction set '" + wanted + "' is not one of amx, avx512_bf16, avx512, avx2, portable");
 }
 
 std::atomic<const Kernels*> in_force{nullptr};

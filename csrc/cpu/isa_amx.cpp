@@ -1,4 +1,4 @@
 // Kernels for the instruction set "amx"; setup.py gives the compiler its flags.
 #define PEFTDYNO_ISA amx
-#define PEFTDYNO_TILES  // compilers name their own macro for AMX differently
+#define PEFTDYNO_TILES
 #include "table.h"

@@ -176,6 +176,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 namespace amx {
 extern const Kernels table;
 }

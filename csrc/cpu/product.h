@@ -1,4 +1,4 @@
-// Large products for the operators: by panels of our own where the processor has tiles, else by the library.
+// Large products for the operators: by panels of our own where the processor multiplies bf16, else by the library.
 #pragma once
 
 #include <vector>
@@ -55,7 +55,7 @@ class OwnProduct {
   int64_t threads_, scratch_bytes_, next_unit_ = 0;
 };
 
-// Whether a product of such shapes is ours (docs/decisions/cpu-products.md): in bf16, where the processor has tiles.
+// Whether a product of such shapes is ours (docs/decisions/cpu-products.md): in bf16, where the processor multiplies it.
 bool own_product(bool bf16, int64_t rows, int64_t depth);
 
 // W as panels for x W^T, or with `backward` for dy W; undefined where such products are not ours.

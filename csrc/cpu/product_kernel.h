@@ -1,4 +1,4 @@
-// bf16 products in tiles: the rows of the left factor pass by panels of the right one, packed a group at a time.
+// bf16 products: the rows of the left factor pass by panels of the right one, packed a group at a time.
 //
 // The left factor is read where it lies. Sums wait in fp32 between parts of the depth. Low-rank terms are some more
 // depth to the panels of their module; masked ones are products of their own, added where the mask lets them.
@@ -12,80 +12,37 @@
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
-#if defined(PEFTDYNO_TILES)
+#if defined(PEFTDYNO_PAIRS)
 
-// Lines of the right factor that are packed next, asked for from memory while tiles multiply: `per_step` at a time,
-// along `num_rows` rows of `width` bytes.
+// Lines of the right factor that are packed next, asked for from memory between products: `per_step` at a time, along
+// `num_rows` rows of `width` bytes.
 struct Ahead {
   const char* row = nullptr;
   int64_t num_rows = 0, width = 0, stride = 0, per_step = 0, at = 0;
 
-  PEFTDYNO_INLINE void some(Ahead& a) {
-    for (int64_t i = 0; i < a.per_step && a.num_rows > 0; ++i) {
-      _mm_prefetch(a.row + a.at, _MM_HINT_T1);
-      a.at += 64;
-      if (a.at < a.width) continue;
-      a.at = 0;
-      a.row += a.stride;
-      --a.num_rows;
+  PEFTDYNO_MEMBER void operator()() {
+    for (int64_t i = 0; i < per_step && num_rows > 0; ++i) {
+      _mm_prefetch(row + at, _MM_HINT_T1);
+      at += 64;
+      if (at < width) continue;
+      at = 0;
+      row += stride;
+      --num_rows;
     }
   }
 };
 
-// Rows of the left factor: `stride` bytes from row to row, `step` elements to the next 32 of the depth.
-struct LeftTiles {
-  const bfloat16* first;
-  int64_t stride, step;
-};
-
-// Two tiles of the right factor side by side, `other` elements apart.
-struct RightTiles {
-  const bfloat16* first;
-  int64_t stride, other, step;
-};
-
-PEFTDYNO_INLINE RightTiles packed_tiles(const bfloat16* panel) {
+PEFTDYNO_INLINE RightPairs packed_pairs(const bfloat16* panel) {
   return {panel, 64, PANEL * 16, PANEL * 32};
 }
 
-// One factor pair of a block.
-struct PanelStep {
-  int64_t depth;
-  LeftTiles a;
-  RightTiles b;
-};
+constexpr int64_t TILE = 256;                    // values of half a block's sums
+constexpr int64_t BLOCK = PRODUCT_ROWS * PANEL;  // those of a block
 
-// Tiles 0 and 1 += rows of A times a panel of B. Two more are enough, and while another thread of the core has tiles in
-// use each tile more costs time (docs/decisions/cpu-products.md).
-PEFTDYNO_INLINE void panel_steps(const PanelStep& s, Ahead& ahead) {
-  const bfloat16 *a = s.a.first, *b = s.b.first;
-  for (int64_t k = 0; k < s.depth; k += 32, a += s.a.step, b += s.b.step) {
-    _tile_loadd(2, a, s.a.stride);
-    _tile_loadd(3, b, s.b.stride);
-    Ahead::some(ahead);
-    _tile_dpbf16ps(0, 2, 3);
-    _tile_loadd(3, b + s.b.other, s.b.stride);
-    _tile_dpbf16ps(1, 2, 3);
-  }
-}
+using PanelBlock = PairBlock<PANEL / 16>;
 
-constexpr int64_t TILE = 256;                    // values of a tile of sums
-constexpr int64_t BLOCK = PRODUCT_ROWS * PANEL;  // those of a block, two tiles
-
-// Tiles 0 and 1: zero, or what is in c.
-PEFTDYNO_INLINE void begin_sums(const float* c, bool add) {
-  if (add) {
-    _tile_loadd(0, c, 64);
-    _tile_loadd(1, c + TILE, 64);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-  }
-}
-
-PEFTDYNO_INLINE void end_sums(float* c) {
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + TILE, 64);
+PEFTDYNO_INLINE BlockSums sums_in(float* c) {
+  return {c, LANES, TILE};
 }
 
 PEFTDYNO_INLINE __mmask32 columns_of(const Panel& panel) {
@@ -110,7 +67,7 @@ static void pack_columns(const Product& p, const Panel& panel, int64_t first, in
       const bfloat16* columns[LANES];
       const int64_t count = smaller(LANES, panel.width - half);
       for (int64_t i = 0; i < count; ++i) columns[i] = from + (half + i) * stride + k;
-      AmxEngine::pack_transposed(columns, count, LANES, 32, 32, to + half * 32);
+      PairLayout::pack_transposed(columns, count, LANES, 32, 32, to + half * 32);
     }
 }
 
@@ -193,7 +150,7 @@ struct Passage {
   int64_t packed_size, sums_size;
 };
 
-// The left factors of a passage's low-rank terms, copied to whole tiles.
+// The left factors of a passage's low-rank terms, copied to whole blocks.
 static void copy_low_rank(const Product& p, const Passage& s, bfloat16* to) {
   int64_t copied = 0;  // one beyond the last module whose factor is
   for (int64_t i = 0; i < s.num_panels; ++i)
@@ -211,7 +168,7 @@ static void copy_low_rank(const Product& p, const Passage& s, bfloat16* to) {
 }
 
 // A low-rank term's part of a block.
-PEFTDYNO_INLINE PanelStep low_rank_step(const LowRankTerm& term, const Panel& panel, const bfloat16* left) {
+PEFTDYNO_INLINE BlockFactors low_rank_factors(const LowRankTerm& term, const Panel& panel, const bfloat16* left) {
   const int64_t rank = term.padded_rank, offset = panel.column - term.column, strip = offset / LORA_STRIP * LORA_STRIP;
   const bfloat16* right = static_cast<const bfloat16*>(term.right) + strip * rank + 2 * (offset - strip);
   const int64_t columns = padded_to(smaller(LORA_STRIP, term.width - strip), 32);
@@ -219,11 +176,11 @@ PEFTDYNO_INLINE PanelStep low_rank_step(const LowRankTerm& term, const Panel& pa
 }
 
 // c += the part of a masked term, where the mask lets it.
-static void add_masked(const Product& p, const LowRankTerm& term, const Panel& panel, const PanelStep& step, int64_t row,
+static void add_masked(const Product& p, const LowRankTerm& term, const Panel& panel, const BlockFactors& factors, int64_t row,
                        int64_t rows, float* part, float* c, Ahead& ahead) {
-  begin_sums(part, false);
-  panel_steps(step, ahead);
-  end_sums(part);
+  PanelBlock block(sums_in(part), rows, false);
+  block.add(factors, ahead);
+  block.end();
   const int64_t offset = panel.column - term.column, strip = offset / LORA_STRIP;
   const uint32_t* mask = term.masks + (strip * p.rows + row) * STRIP_WORDS + offset % LORA_STRIP / 32;
   for (int64_t r = 0; r < rows; ++r, mask += STRIP_WORDS) {
@@ -233,23 +190,19 @@ static void add_masked(const Product& p, const LowRankTerm& term, const Panel& p
   }
 }
 
-// Low-rank terms of a panel, for the rows from `row` of the passage on; the sums of those without a mask are in tiles.
-template <bool MASKED>
-PEFTDYNO_INLINE void low_rank_terms(const Product& p, const Passage& s, const Panel& panel, int64_t row, int64_t rows,
-                                    const ProductScratch& scratch, float* c, Ahead& ahead) {
+// f(term, factors) for a panel's low-rank terms with masks or without, for the rows from `row` of the passage on.
+template <bool MASKED, class F>
+PEFTDYNO_INLINE void for_low_rank(const Product& p, const Passage& s, const Panel& panel, int64_t row,
+                                  const ProductScratch& scratch, const F& f) {
   for (int64_t m = panel.first_module; m < panel.last_module; ++m) {
     const LowRankTerm& term = p.terms[m * p.num_runs + s.run];
     if ((term.masks != nullptr) != MASKED) continue;
     const bfloat16* left = scratch.low_rank + m * p.chunk_rows * p.largest_rank + (row - s.row_begin) * term.padded_rank;
-    const PanelStep step = low_rank_step(term, panel, left);
-    if (MASKED)
-      add_masked(p, term, panel, step, row, rows, scratch.term_sums, c, ahead);
-    else
-      panel_steps(step, ahead);
+    f(term, low_rank_factors(term, panel, left));
   }
 }
 
-// The last rows of the left factor in whole tiles, for those that would reach beyond the matrix; beyond it zero.
+// The last rows of the left factor as a whole block, for those that would reach beyond the matrix; beyond it zero.
 static void pack_left(const Product& p, int64_t row, int64_t first, int64_t depth, bfloat16* to) {
   for (int64_t r = 0; r < PRODUCT_ROWS; ++r) {
     const bfloat16* from = row + r < p.rows ? row_of<bfloat16>(p.left, row + r) + first : nullptr;
@@ -264,18 +217,22 @@ static void panel_rows(const Product& p, const Passage& s, int64_t i, int64_t fi
                        const ProductScratch& scratch, Ahead& ahead) {
   const Panel& panel = s.panels[i];
   const bool add = s.first + first > 0, last = s.last && first + depth == s.depth;
-  const RightTiles right = packed_tiles(s.packed + i * s.packed_size + first * PANEL);
+  const RightPairs right = packed_pairs(s.packed + i * s.packed_size + first * PANEL);
   float* c = scratch.sums + i * s.sums_size;
   for (int64_t row = s.row_begin; row < s.row_end; row += PRODUCT_ROWS, c += BLOCK) {
     const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row);
-    LeftTiles left{row_of<bfloat16>(p.left, row) + s.first + first, 2 * p.left.stride, 32};
+    LeftRows left{row_of<bfloat16>(p.left, row) + s.first + first, 2 * p.left.stride, 32};
     if (row + PRODUCT_ROWS > p.rows) left = {scratch.left + first * PRODUCT_ROWS, 64, 32 * PRODUCT_ROWS};
-    begin_sums(c, add);
-    panel_steps({depth, left, right}, ahead);
-    if (last) low_rank_terms<false>(p, s, panel, row, rows, scratch, c, ahead);
-    end_sums(c);
+    PanelBlock block(sums_in(c), rows, add);
+    block.add({depth, left, right}, ahead);
+    if (last)
+      for_low_rank<false>(p, s, panel, row, scratch,
+                          [&](const LowRankTerm&, const BlockFactors& factors) { block.add(factors, ahead); });
+    block.end();
     if (!last) continue;
-    low_rank_terms<true>(p, s, panel, row, rows, scratch, c, ahead);
+    for_low_rank<true>(p, s, panel, row, scratch, [&](const LowRankTerm& term, const BlockFactors& factors) {
+      add_masked(p, term, panel, factors, row, rows, scratch.term_sums, c, ahead);
+    });
     put_panel(p, panel, row, rows, c);
   }
 }
@@ -365,7 +322,7 @@ static void product(const Product& p, int64_t* next_unit, void* memory) {
   scratch.sums = room.take<float>((p.depth_block < p.depth ? p.group : 1) * p.chunk_rows * PANEL);
   scratch.term_sums = room.take<float>(BLOCK);
   scratch.low_rank = room.take<bfloat16>(0);
-  AmxEngine::begin();
+  begin_blocks();
   Unit next = unit_of(p, __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED));
   while (next.num_panels > 0) {
     const Unit unit = next;
@@ -376,7 +333,7 @@ static void product(const Product& p, int64_t* next_unit, void* memory) {
       if (from < to) unit_rows(p, unit, run, from, to, next, scratch);
     }
   }
-  AmxEngine::end();
+  end_blocks();
 }
 
 #endif

@@ -20,6 +20,11 @@
 #include <immintrin.h>
 #endif
 
+// Where the processor multiplies bf16. Compilers name their own macro for AMX differently.
+#if defined(PEFTDYNO_TILES) || defined(__AVX512BF16__)
+#define PEFTDYNO_PAIRS
+#endif
+
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
@@ -30,6 +35,7 @@ typedef uint32_t VecU __attribute__((vector_size(4 * PEFTDYNO_LANES)));
 typedef uint16_t VecH __attribute__((vector_size(2 * PEFTDYNO_LANES)));
 
 #define PEFTDYNO_INLINE static inline __attribute__((always_inline))
+#define PEFTDYNO_MEMBER inline __attribute__((always_inline))
 
 template <class To, class From>
 PEFTDYNO_INLINE To bit_cast(const From& from) {

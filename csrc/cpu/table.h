@@ -33,7 +33,7 @@ const Kernels table = {
     label_loss,
     nf4_dequantise,
     operand_bytes,
-#if defined(PEFTDYNO_TILES)
+#if defined(PEFTDYNO_PAIRS)
     product,
     pack_product,
 #else

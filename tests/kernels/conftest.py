@@ -26,7 +26,7 @@ RUNS = {"one": [0, 63], "single-token": [0, 1], "empty-first": [0, 0, 30, 65], "
 """Rows of the runs: one run, one row, empty runs at the start and between others."""
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
+@pytest.fixture(params=cpu.INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor has, put in force for one test; one thread unless it asks for more."""
     if not cpu.AVAILABLE:

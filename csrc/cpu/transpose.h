@@ -1,0 +1,48 @@
+// Transposes of blocks held in cache, in 32-bit elements.
+#pragma once
+
+#include "simd.h"
+
+namespace peftdyno {
+namespace PEFTDYNO_ISA {
+
+// target [LANES, LANES] = source^T, in 32-bit elements; strides in elements.
+PEFTDYNO_INLINE void transpose_square(const uint32_t* source, int64_t stride, uint32_t* target, int64_t to_stride) {
+#if defined(__AVX512F__)
+  __m512i row[16], pair[16];
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(source + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    row[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+    row[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+    row[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    row[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88), high = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
+    _mm512_storeu_si512(target + i * to_stride, _mm512_shuffle_i32x4(low, low2, 0x88));
+    _mm512_storeu_si512(target + (i + 4) * to_stride, _mm512_shuffle_i32x4(high, high2, 0x88));
+    _mm512_storeu_si512(target + (i + 8) * to_stride, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    _mm512_storeu_si512(target + (i + 12) * to_stride, _mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
+#else
+  for (int64_t i = 0; i < LANES; ++i)
+    for (int64_t j = 0; j < LANES; ++j) target[j * to_stride + i] = source[i * stride + j];
+#endif
+}
+
+// target [columns, rows] = source [rows, columns]^T in 32-bit elements; rows and columns are multiples of 16.
+static void transpose_words(const void* source, int64_t rows, int64_t columns, int64_t stride, void* target) {
+  const uint32_t* from = static_cast<const uint32_t*>(source);
+  uint32_t* to = static_cast<uint32_t*>(target);
+  for (int64_t i = 0; i < rows; i += LANES)
+    for (int64_t j = 0; j < columns; j += LANES) transpose_square(from + i * stride + j, stride, to + j * rows + i, rows);
+}
+
+}  // namespace PEFTDYNO_ISA
+}  // namespace peftdyno
