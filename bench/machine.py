@@ -28,8 +28,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads in use, memory and graphics cards; nothing that names the host or its user."""
+    """Processor, cores, threads in use, the compiled kernels' instruction set, memory and graphics cards; nothing
+    that names the host or its user."""
     import torch
+
+    from peftdyno.kernels import cpu
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found: dict[str, Any] = {
@@ -37,6 +40,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu_kernels": cpu.instruction_set() if cpu.AVAILABLE else None,
         "memory_bytes": memory,
     }
     if torch.cuda.is_available():

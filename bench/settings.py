@@ -71,8 +71,8 @@ class JobSettings(BaseModel):
     """Test rows of each run scored at a time; eight times the batch, at most 32, where absent, so that scoring needs
     less memory than training."""
     pack_weights: Literal["auto", "on", "off"] = "off"
-    """Whether the weights are kept again in the forms that products read fastest on CPUs with AMX: three times in all
-    while training, twice while scoring."""
+    """Whether the weights are kept again in the forms that products read fastest on CPUs that multiply bf16: three
+    times in all while training, twice while scoring."""
     evaluate: bool = True
     """Whether the tuned and the untuned model are scored."""
     dtype: Literal["bf16", "fp32"] = "bf16"

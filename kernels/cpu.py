@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,8 @@ def instruction_set() -> str:
 
     Raises ValueError where the variable names one that does not exist or that the processor lacks.
     """
+    if not AVAILABLE:
+        raise ValueError("PEFTDYNO_ISA: the C++ kernels are not built, so there is none to choose; unset it")
     try:
         name: str = torch.ops.peftdyno_cpu.isa()
     except RuntimeError as error:
@@ -72,10 +75,11 @@ def instruction_sets() -> list[str]:
 
 
 def describe() -> str:
-    """One line on what will run: the C++ kernels and their instruction set, or the PyTorch reference."""
+    """Which kernels run on the CPU and why, in a line: compiled ones with their instruction set, or PyTorch's."""
     if not AVAILABLE:
-        return "CPU kernels: the PyTorch reference (the C++ extension is not built)"
-    return f"CPU kernels: C++, {instruction_set()}"
+        return "PyTorch operations: the C++ extension is not built"
+    why = "named by PEFTDYNO_ISA" if os.environ.get("PEFTDYNO_ISA") else "the fastest of this processor"
+    return f"compiled C++, {instruction_set()} ({why}; it can run {', '.join(instruction_sets())})"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """Frozen weights kept a second time as panels, which products read faster than the weights themselves.
 
-A panel is 32 rows of W [out, in] with pairs of columns side by side, as the processor's tiles take them; for the
-backward product dy W 32 columns of W with pairs of rows. Only bf16 weights on processors with AMX have this form; it
-must be dropped when it is no longer used.
+A panel is 32 rows of W [out, in] with pairs of columns side by side, as the processor's tiles and dot products take
+them; for the backward product dy W 32 columns of W with pairs of rows. Only bf16 weights on processors that multiply
+bf16 have this form; it must be dropped when it is no longer used.
 """
 
 from __future__ import annotations

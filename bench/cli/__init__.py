@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def _quiet_interrupt(command: Callable[..., None]) -> Callable[..., None]:
 def run(arguments: list[str], prog: str) -> int:
     """Run a command line; its exit status. What a user got wrong is one line on stderr."""
     try:
+        _check_instruction_set()
         status = build()(args=arguments, prog_name=prog, standalone_mode=False)
     except UserError as error:
         return _say(str(error), USER_ERROR)
@@ -93,6 +95,18 @@ def run(arguments: list[str], prog: str) -> int:
             raise
         return _say(_usage_line(error), USER_ERROR)
     return status if isinstance(status, int) else 0
+
+
+def _check_instruction_set() -> None:
+    """UserError where PEFTDYNO_ISA names an instruction set that cannot run here."""
+    if not os.environ.get("PEFTDYNO_ISA"):
+        return
+    from peftdyno.kernels import cpu
+
+    try:
+        cpu.instruction_set()
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _usage_line(error: Any) -> str:

@@ -15,13 +15,13 @@ def command(json_output: o.Json = False) -> None:
     from peftdyno.bench import machine
     from peftdyno.bench.cli.console import print_json, print_table
     from peftdyno.engine.model_cache import cache_folder
-    from peftdyno.kernels.cpu import AVAILABLE
+    from peftdyno.kernels.cpu import describe
 
     found: dict[str, Any] = {
         "machine": machine.machine(),
         "versions": machine.versions(),
         "git": machine.git(),
-        "cpu_kernels": "compiled C++" if AVAILABLE else "PyTorch operations: the C++ extension is not built",
+        "cpu_kernels": describe(),
         "gpu_kernels": _gpu_kernels(),
         "model_cache": str(cache_folder()),
     }

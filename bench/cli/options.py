@@ -73,7 +73,7 @@ JobPackWeights = Annotated[
     str | None,
     typer.Option(
         "--pack-weights",
-        help="Keep weights again as products on CPUs with AMX read them fastest: auto (where memory is free), on, off.",
+        help="Weights again, as products on CPUs with bf16 read them fastest: auto (where memory is free), on, off.",
         metavar="WHEN",
     ),
 ]
@@ -81,7 +81,7 @@ PackWeights = Annotated[
     str,
     typer.Option(
         "--pack-weights",
-        help="Weights a second time for faster decoding on CPUs with AMX: auto (where memory is free), on, off.",
+        help="Weights a second time for faster decoding on CPUs with bf16: auto (where memory is free), on, off.",
         metavar="WHEN",
     ),
 ]

@@ -149,8 +149,8 @@ struct Kernels {
   void (*label_loss)(const LabelLoss&, int64_t begin, int64_t end);
   void (*nf4_dequantise)(const Nf4Dequantise&, int64_t begin, int64_t end);  // of blocks
   int64_t (*operand_bytes)(bool bf16);  // of one element of an operand of the block products
-  void (*product)(const Product&, int64_t* next_unit, void* scratch);  // null where there are no tiles
-  void (*pack_product)(const Product&, int64_t begin, int64_t end, void* to);
+  void (*product)(const Product&, int64_t* next_unit, void* scratch);  // of bf16; null where the library is better
+  void (*pack_product)(const Product&, int64_t begin, int64_t end, void* to);  // null where weights are widened
   void (*lora_pack)(const Lora&, const LoraTerm&, bool up, void* scratch);  // of A, or with `up` of B
   void (*lora_forward)(const Lora&, const LoraTask&, void* scratch);
   void (*lora_output_gradients)(const Lora&, const LoraTask&, void* scratch);

@@ -226,7 +226,7 @@ struct LoraCall : LoraShape {
     LowRankTerms joined{{}, run_offsets, false};
     for (const LoraTerm& t : terms) {
       const Rows left{static_cast<char*>(lora.u.data) + t.u_column * (lora.bf16 ? 2 : 4), lora.u.stride};
-      joined.terms.push_back({t.out_column, t.out_width, t.rank, t.padded_rank, left, t.up_transposed, nullptr});
+      joined.terms.push_back({t.out_column, t.out_width, t.rank, t.padded_rank, left, lora.bf16, t.up_transposed, nullptr});
     }
     return joined;
   }
@@ -235,7 +235,7 @@ struct LoraCall : LoraShape {
   LowRankTerms down_terms() const {
     LowRankTerms joined{{}, run_offsets, true};
     for (const LoraTerm& t : terms)
-      joined.terms.push_back({0, lora.width, t.rank, t.padded_rank, {t.du, t.padded_rank}, t.down_rows, t.masks});
+      joined.terms.push_back({0, lora.width, t.rank, t.padded_rank, {t.du, t.padded_rank}, false, t.down_rows, t.masks});
     return joined;
   }
 };

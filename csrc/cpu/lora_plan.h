@@ -63,6 +63,7 @@ struct LowRankTerm {
   int64_t column, width;
   int64_t rank, padded_rank;
   Rows left;              // [rows, rank] from its first column on
+  bool left_bf16;         // its type, else that of operands
   const void* right;      // [rank, width], strip after strip
   const uint32_t* masks;  // [strips, rows, STRIP_WORDS] or null
 };

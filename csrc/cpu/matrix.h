@@ -20,11 +20,12 @@ struct Fp32Engine {
     Vec total[ROWS][VECTORS];
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < VECTORS; ++j) total[i][j] = accumulate ? load(c + i * ldc + j * LANES) : Vec{};
-    for (int64_t k = 0; k < k_size; ++k)
-      for (int j = 0; j < VECTORS; ++j) {
-        Vec column = load(b + k * ldb + j * LANES);
-        for (int i = 0; i < ROWS; ++i) total[i][j] += a[i * lda + k] * column;
-      }
+    for (int64_t k = 0; k < k_size; ++k) {
+      Vec columns[VECTORS];
+      for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + k * ldb + j * LANES);
+      for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < VECTORS; ++j) total[i][j] += a[i * lda + k] * columns[j];
+    }
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < VECTORS; ++j) store(c + i * ldc + j * LANES, total[i][j]);
   }
@@ -39,10 +40,11 @@ struct Fp32Engine {
   template <int VECTORS>
   PEFTDYNO_INLINE void columns(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                                int64_t ldc, bool accumulate) {
-    constexpr int ROWS = LANES == 16 ? 8 : 4;
+    constexpr int ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4;  // as many as registers hold
     int64_t i = 0;
     for (; i + ROWS <= m; i += ROWS)
       tile<ROWS, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    for (; i + 4 <= m; i += 4) tile<4, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
     for (; i < m; ++i) tile<1, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
   }
 

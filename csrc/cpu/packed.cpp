@@ -42,7 +42,7 @@ const void* packed_panels(const Tensor& weight, bool backward) {
 
 int64_t packed_bytes(IntArrayRef shape, bool bf16, bool backward) {
   const auto bytes = [&](int64_t depth, int64_t columns) {
-    return own_product(bf16, 1, depth) ? 2 * depth * padded_to(columns, PANEL) : 0;
+    return has_panels(bf16, depth) ? 2 * depth * padded_to(columns, PANEL) : 0;
   };
   return bytes(shape[1], shape[0]) + (backward ? bytes(shape[0], shape[1]) : 0);
 }

@@ -9,6 +9,8 @@
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
+#if defined(PEFTDYNO_PAIRS)
+
 constexpr int64_t PAIR_ROWS = 16;
 
 // Rows of the left factor: `stride` bytes from row to row, `step` elements to the next 32 of the depth.
@@ -91,7 +93,7 @@ PEFTDYNO_INLINE void end_blocks() { _tile_release(); }
 template <int COLUMNS>
 using PairBlock = TileBlock<COLUMNS>;
 
-#elif defined(__AVX512BF16__)
+#else
 
 template <int COLUMNS>
 class DotBlock {
@@ -155,6 +157,8 @@ PEFTDYNO_INLINE void end_blocks() {}
 
 template <int COLUMNS>
 using PairBlock = DotBlock<COLUMNS>;
+
+#endif
 
 #endif
 

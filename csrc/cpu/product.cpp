@@ -20,6 +20,7 @@ constexpr int64_t SMALL_GROUP = 3, LARGE_GROUP = 8;  // panels at least; the sec
 
 // Units of work, several a thread, so that one that its processor slows down can take fewer.
 struct Blocks {
+  const int64_t element = kernels().operand_bytes(true);  // of factors as they are packed
   int64_t depth, rows, group, row_shares = 1, threads;
 
   Blocks(int64_t num_rows, int64_t full_depth, int64_t panels) {
@@ -27,9 +28,9 @@ struct Blocks {
     const int64_t row_blocks = ratio_up(num_rows, PRODUCT_ROWS);
     const bool whole = full_depth <= WHOLE_DEPTH, many = num_rows > MANY_ROWS;
     depth = whole ? full_depth : padded_to(ratio_up(full_depth, ratio_up(full_depth, most)), 32);
-    rows = std::min(row_blocks, LEFT_BYTES / (2 * depth * PRODUCT_ROWS)) * PRODUCT_ROWS;
+    rows = std::min(row_blocks, LEFT_BYTES / (element * depth * PRODUCT_ROWS)) * PRODUCT_ROWS;
     const int64_t available = at::get_num_threads(), least = available == 1 ? 1 : 2 * available;
-    const int64_t largest = std::max<int64_t>(2, (many ? 2 : 1) * GROUP_BYTES / (2 * PANEL * depth));
+    const int64_t largest = std::max<int64_t>(2, (many ? 2 : 1) * GROUP_BYTES / (element * PANEL * depth));
     const bool streamed = many || (!whole && num_rows > FEW_ROWS);
     const int64_t smallest = std::min(largest, streamed ? LARGE_GROUP : SMALL_GROUP);
     const int64_t wanted = std::min(streamed ? least : 2 * least, ratio_up(panels, smallest));
@@ -43,8 +44,9 @@ struct Blocks {
   // Of one thread; the pieces are 64 bytes apart.
   int64_t bytes(const ProductShape& shape, bool packed) const {
     const int64_t sums = (depth < shape.depth ? group : 1) * rows * PANEL + PRODUCT_ROWS * PANEL;
-    const int64_t operands = 2 * depth * ((packed ? 0 : group * PANEL) + PRODUCT_ROWS);
-    const int64_t low_rank = 2 * rows * shape.num_modules * shape.largest_rank;
+    const int64_t left_rows = element == 2 ? PRODUCT_ROWS : rows;  // copied: the last block, or all to be widened
+    const int64_t operands = element * depth * ((packed ? 0 : group * PANEL) + left_rows);
+    const int64_t low_rank = element * rows * shape.num_modules * shape.largest_rank;
     return padded_to(operands + 4 * sums + low_rank + 320, 64);
   }
 };
@@ -95,7 +97,13 @@ void by_library(const Tensor& left, const Tensor& right, Tensor& out, const Prod
 }  // namespace
 
 bool own_product(bool bf16, int64_t rows, int64_t depth) {
-  return bf16 && kernels().product != nullptr && rows > 0 && depth % 32 == 0;
+  if (!bf16 || kernels().product == nullptr || depth % 32 != 0) return false;
+  // The library reads a weight for one row as it is; widening it first takes longer.
+  return rows > (kernels().pack_product == nullptr ? 1 : 0);
+}
+
+bool has_panels(bool bf16, int64_t depth) {
+  return kernels().pack_product != nullptr && own_product(bf16, 1, depth);
 }
 
 std::tuple<int64_t, int64_t> product_bytes(const ProductShape& shape) {
@@ -105,7 +113,7 @@ std::tuple<int64_t, int64_t> product_bytes(const ProductShape& shape) {
 
 Tensor pack_whole(const Tensor& weight, bool backward) {
   const int64_t depth = weight.size(backward ? 0 : 1), columns = weight.size(backward ? 1 : 0);
-  if (!own_product(is_bf16(weight), 1, depth) || weight.stride(1) != 1) return {};
+  if (!has_panels(is_bf16(weight), depth) || weight.stride(1) != 1) return {};
   const std::vector<Panel> panels = panels_of(columns, nullptr);
   Tensor packed = at::empty({static_cast<int64_t>(panels.size()) * PANEL, depth}, weight.options());
   Product p{};

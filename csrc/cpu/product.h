@@ -1,4 +1,4 @@
-// Large products for the operators: by panels of our own where the processor multiplies bf16, else by the library.
+// Large products for the operators: by panels of our own where the table of kernels has them, else by the library.
 #pragma once
 
 #include <vector>
@@ -55,10 +55,13 @@ class OwnProduct {
   int64_t threads_, scratch_bytes_, next_unit_ = 0;
 };
 
-// Whether a product of such shapes is ours (docs/decisions/cpu-products.md): in bf16, where the processor multiplies it.
+// Whether a product of such shapes is ours (docs/decisions/cpu-products.md): in bf16, on processors with AVX2 or more.
 bool own_product(bool bf16, int64_t rows, int64_t depth);
 
-// W as panels for x W^T, or with `backward` for dy W; undefined where such products are not ours.
+// Whether weights of a depth can be kept as panels: where the processor multiplies bf16.
+bool has_panels(bool bf16, int64_t depth);
+
+// W as panels for x W^T, or with `backward` for dy W; undefined where there are none.
 Tensor pack_whole(const Tensor& weight, bool backward);
 
 // out [rows, columns] (+)= left right (+ bias)

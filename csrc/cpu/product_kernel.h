@@ -2,17 +2,22 @@
 //
 // The left factor is read where it lies. Sums wait in fp32 between parts of the depth. Low-rank terms are some more
 // depth to the panels of their module; masked ones are products of their own, added where the mask lets them.
+//
+// How panels lie in memory and which blocks read them is fixed by product_pairs.h or product_wide.h.
 #pragma once
 
-#include "block_rows.h"
-#include "lora_plan.h"
-#include "product_plan.h"
 #include "scratch.h"
+
+#if defined(PEFTDYNO_PAIRS)
+#include "product_pairs.h"
+#elif defined(__AVX2__)
+#include "product_wide.h"
+#endif
 
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 
-#if defined(PEFTDYNO_PAIRS)
+#if defined(PEFTDYNO_PRODUCTS)
 
 // Lines of the right factor that are packed next, asked for from memory between products: `per_step` at a time, along
 // `num_rows` rows of `width` bytes.
@@ -32,111 +37,11 @@ struct Ahead {
   }
 };
 
-PEFTDYNO_INLINE RightPairs packed_pairs(const bfloat16* panel) {
-  return {panel, 64, PANEL * 16, PANEL * 32};
-}
-
-constexpr int64_t TILE = 256;                    // values of half a block's sums
-constexpr int64_t BLOCK = PRODUCT_ROWS * PANEL;  // those of a block
-
-using PanelBlock = PairBlock<PANEL / 16>;
-
-PEFTDYNO_INLINE BlockSums sums_in(float* c) {
-  return {c, LANES, TILE};
-}
-
-PEFTDYNO_INLINE __mmask32 columns_of(const Panel& panel) {
-  return panel.width == PANEL ? ~0u : (1u << panel.width) - 1;
-}
-
-// A panel of a right factor whose columns lie as rows, `depth` deep from `first` on.
-static void pack_columns(const Product& p, const Panel& panel, int64_t first, int64_t depth, bfloat16* to) {
-  const int64_t stride = p.right.stride;
-  const bfloat16* from = row_of<bfloat16>(p.right, panel.column) + first;
-  if (panel.width == PANEL && stride % 2 == 0) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    for (int64_t k = 0; k < depth / 2; k += LANES) {
-      transpose_square(words + k, stride / 2, pairs + k * PANEL, LANES);
-      transpose_square(words + LANES * stride / 2 + k, stride / 2, pairs + k * PANEL + LANES * LANES, LANES);
-    }
-    return;
-  }
-  for (int64_t k = 0; k < depth; k += 32, to += PANEL * 32)
-    for (int64_t half = 0; half < PANEL; half += LANES) {
-      const bfloat16* columns[LANES];
-      const int64_t count = smaller(LANES, panel.width - half);
-      for (int64_t i = 0; i < count; ++i) columns[i] = from + (half + i) * stride + k;
-      PairLayout::pack_transposed(columns, count, LANES, 32, 32, to + half * 32);
-    }
-}
-
-// Panels of a right factor that lies row by row; all of them a pair of rows at a time, as memory likes it. `size`
-// elements lie between the panels.
-static void pack_pairs(const Product& p, const Panel* panels, int64_t count, int64_t first, int64_t depth, bfloat16* to,
-                       int64_t size) {
-  constexpr int64_t AHEAD = 8;  // rows
-  VecU low_half, high_half;     // 0 32 1 33 ... and 16 48 17 49 ..., as 16-bit indices
-  for (int64_t i = 0; i < LANES; ++i) {
-    low_half[i] = static_cast<uint32_t>(i | (i + 32) << 16);
-    high_half[i] = static_cast<uint32_t>((i + 16) | (i + 48) << 16);
-  }
-  for (int64_t k = 0; k < depth; k += 2) {
-    const bfloat16* even = row_of<bfloat16>(p.right, first + k);
-    for (int64_t i = 0; i < count; ++i) {
-      const bfloat16 *from = even + panels[i].column, *below = from + p.right.stride;
-      ask_for(from + AHEAD * p.right.stride);
-      ask_for(below + AHEAD * p.right.stride);
-      const __m512i a = _mm512_maskz_loadu_epi16(columns_of(panels[i]), from);
-      const __m512i b = _mm512_maskz_loadu_epi16(columns_of(panels[i]), below);
-      bfloat16* target = to + i * size + k / 32 * 32 * PANEL + k % 32 * LANES;
-      _mm512_storeu_si512(target, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(low_half), b));
-      _mm512_storeu_si512(target + 32 * LANES, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(high_half), b));
-    }
-  }
-}
-
-// Panels, `depth` deep from `first` on and `size` elements apart.
-static void pack_panels(const Product& p, const Panel* panels, int64_t count, int64_t first, int64_t depth, bfloat16* to,
-                        int64_t size) {
-  if (!p.transposed) return pack_pairs(p, panels, count, first, depth, to, size);
-  for (int64_t i = 0; i < count; ++i) pack_columns(p, panels[i], first, depth, to + i * size);
-}
-
-// 32 columns of the sums of a block, as the result holds them.
-struct PanelRow {
-  Vec low, high;
-
-  PEFTDYNO_INLINE PanelRow of(__m512i pairs) {
-    return {widen(bit_cast<VecH>(_mm512_castsi512_si256(pairs))), widen(bit_cast<VecH>(_mm512_extracti64x4_epi64(pairs, 1)))};
-  }
-
-  PEFTDYNO_INLINE __m512i rounded(const PanelRow& r) {
-    return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(r.high), bit_cast<__m512>(r.low)));
-  }
-};
-
-// Sums of a block to the result.
-static void put_panel(const Product& p, const Panel& panel, int64_t row, int64_t rows, const float* c) {
-  const __mmask32 inside = columns_of(panel);
-  PanelRow bias{};
-  if (p.bias != nullptr)
-    bias = PanelRow::of(_mm512_maskz_loadu_epi16(inside, static_cast<const bfloat16*>(p.bias) + panel.column));
-  for (int64_t r = 0; r < rows; ++r) {
-    bfloat16* to = row_of<bfloat16>(p.out, row + r) + panel.column;
-    const float* from = c + r * LANES;
-    PanelRow sums{load(from) + bias.low, load(from + TILE) + bias.high};
-    if (p.accumulate) {
-      const PanelRow before = PanelRow::of(_mm512_maskz_loadu_epi16(inside, to));
-      sums = {sums.low + before.low, sums.high + before.high};
-    }
-    _mm512_mask_storeu_epi16(to, inside, PanelRow::rounded(sums));
-  }
-}
+constexpr int64_t BLOCK = PRODUCT_ROWS * PANEL;  // values of a block's sums
 
 // What a thread works with.
 struct ProductScratch {
-  bfloat16 *panels, *left, *low_rank;  // the last [modules, chunk_rows, largest rank]
+  Operand *panels, *left, *low_rank;  // the last [modules, chunk_rows, largest rank]
   float *sums, *term_sums;             // the last of a masked low-rank term
 };
 
@@ -146,48 +51,51 @@ struct Passage {
   bool last;             // block of the depth
   const Panel* panels;
   int64_t num_panels;
-  const bfloat16* packed;  // `packed_size` elements from a panel to the next
+  const Operand* packed;  // `packed_size` elements from a panel to the next
   int64_t packed_size, sums_size;
 };
 
+template <class T>
+static void copy_term(const LowRankTerm& term, const Passage& s, Operand* to) {
+  for (int64_t r = 0; r < padded_to(s.row_end - s.row_begin, PRODUCT_ROWS); ++r, to += term.padded_rank) {
+    const int64_t row = smaller(s.row_begin + r, s.row_end - 1);
+    copy_row(row_of<T>(term.left, row), row == s.row_begin + r ? term.rank : 0, term.padded_rank, nullptr, to);
+  }
+}
+
 // The left factors of a passage's low-rank terms, copied to whole blocks.
-static void copy_low_rank(const Product& p, const Passage& s, bfloat16* to) {
+static void copy_low_rank(const Product& p, const Passage& s, Operand* to) {
   int64_t copied = 0;  // one beyond the last module whose factor is
   for (int64_t i = 0; i < s.num_panels; ++i)
     for (int64_t m = s.panels[i].first_module; m < s.panels[i].last_module; ++m) {
       if (m < copied) continue;
       copied = m + 1;
       const LowRankTerm& term = p.terms[m * p.num_runs + s.run];
-      bfloat16* rows = to + m * p.chunk_rows * p.largest_rank;
-      for (int64_t r = 0; r < padded_to(s.row_end - s.row_begin, PRODUCT_ROWS); ++r) {
-        const int64_t row = smaller(s.row_begin + r, s.row_end - 1);
-        copy_row(row_of<bfloat16>(term.left, row), row == s.row_begin + r ? term.rank : 0, term.padded_rank, nullptr,
-                 rows + r * term.padded_rank);
-      }
+      Operand* rows = to + m * p.chunk_rows * p.largest_rank;
+      term.left_bf16 ? copy_term<bfloat16>(term, s, rows) : copy_term<Operand>(term, s, rows);
     }
 }
 
 // A low-rank term's part of a block.
-PEFTDYNO_INLINE BlockFactors low_rank_factors(const LowRankTerm& term, const Panel& panel, const bfloat16* left) {
-  const int64_t rank = term.padded_rank, offset = panel.column - term.column, strip = offset / LORA_STRIP * LORA_STRIP;
-  const bfloat16* right = static_cast<const bfloat16*>(term.right) + strip * rank + 2 * (offset - strip);
-  const int64_t columns = padded_to(smaller(LORA_STRIP, term.width - strip), 32);
-  return {rank, {left, 2 * rank, 32}, {right, 4 * columns, 32, 32 * columns}};
+PEFTDYNO_INLINE BlockFactors low_rank_factors(const LowRankTerm& term, const Panel& panel, const Operand* left) {
+  const int64_t offset = panel.column - term.column, strip = offset / LORA_STRIP * LORA_STRIP;
+  return strip_factors(term.padded_rank, left, static_cast<const Operand*>(term.right) + strip * term.padded_rank,
+                       offset - strip, padded_to(smaller(LORA_STRIP, term.width - strip), 32));
 }
 
 // c += the part of a masked term, where the mask lets it.
-static void add_masked(const Product& p, const LowRankTerm& term, const Panel& panel, const BlockFactors& factors, int64_t row,
-                       int64_t rows, float* part, float* c, Ahead& ahead) {
+static void add_masked(const Product& p, const LowRankTerm& term, const Panel& panel, const BlockFactors& factors,
+                       int64_t row, int64_t rows, float* part, float* c, Ahead& ahead) {
   PanelBlock block(sums_in(part), rows, false);
   block.add(factors, ahead);
   block.end();
   const int64_t offset = panel.column - term.column, strip = offset / LORA_STRIP;
   const uint32_t* mask = term.masks + (strip * p.rows + row) * STRIP_WORDS + offset % LORA_STRIP / 32;
-  for (int64_t r = 0; r < rows; ++r, mask += STRIP_WORDS) {
-    const int64_t at = r * LANES;
-    store(c + at, load(c + at) + masked(load(part + at), *mask));
-    store(c + at + TILE, load(c + at + TILE) + masked(load(part + at + TILE), *mask >> LANES));
-  }
+  for (int64_t r = 0; r < rows; ++r, mask += STRIP_WORDS)
+    for (int64_t i = 0; i < PANEL; i += LANES) {
+      const int64_t at = r * PANEL + i;
+      store(c + at, load(c + at) + masked(load(part + at), *mask >> i));
+    }
 }
 
 // f(term, factors) for a panel's low-rank terms with masks or without, for the rows from `row` of the passage on.
@@ -197,18 +105,8 @@ PEFTDYNO_INLINE void for_low_rank(const Product& p, const Passage& s, const Pane
   for (int64_t m = panel.first_module; m < panel.last_module; ++m) {
     const LowRankTerm& term = p.terms[m * p.num_runs + s.run];
     if ((term.masks != nullptr) != MASKED) continue;
-    const bfloat16* left = scratch.low_rank + m * p.chunk_rows * p.largest_rank + (row - s.row_begin) * term.padded_rank;
+    const Operand* left = scratch.low_rank + m * p.chunk_rows * p.largest_rank + (row - s.row_begin) * term.padded_rank;
     f(term, low_rank_factors(term, panel, left));
-  }
-}
-
-// The last rows of the left factor as a whole block, for those that would reach beyond the matrix; beyond it zero.
-static void pack_left(const Product& p, int64_t row, int64_t first, int64_t depth, bfloat16* to) {
-  for (int64_t r = 0; r < PRODUCT_ROWS; ++r) {
-    const bfloat16* from = row + r < p.rows ? row_of<bfloat16>(p.left, row + r) + first : nullptr;
-    for (int64_t k = 0; k < depth; k += 32)
-      _mm512_storeu_si512(to + k * PRODUCT_ROWS + r * 32,
-                          from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from + k));
   }
 }
 
@@ -217,14 +115,13 @@ static void panel_rows(const Product& p, const Passage& s, int64_t i, int64_t fi
                        const ProductScratch& scratch, Ahead& ahead) {
   const Panel& panel = s.panels[i];
   const bool add = s.first + first > 0, last = s.last && first + depth == s.depth;
-  const RightPairs right = packed_pairs(s.packed + i * s.packed_size + first * PANEL);
+  const Operand* right = s.packed + i * s.packed_size + first * PANEL;
   float* c = scratch.sums + i * s.sums_size;
   for (int64_t row = s.row_begin; row < s.row_end; row += PRODUCT_ROWS, c += BLOCK) {
     const int64_t rows = smaller(PRODUCT_ROWS, s.row_end - row);
-    LeftRows left{row_of<bfloat16>(p.left, row) + s.first + first, 2 * p.left.stride, 32};
-    if (row + PRODUCT_ROWS > p.rows) left = {scratch.left + first * PRODUCT_ROWS, 64, 32 * PRODUCT_ROWS};
+    const LeftRows left = left_rows(p, row, s.row_begin, s.first, s.depth, first, scratch.left);
     PanelBlock block(sums_in(c), rows, add);
-    block.add({depth, left, right}, ahead);
+    block.add(panel_factors(depth, left, right), ahead);
     if (last)
       for_low_rank<false>(p, s, panel, row, scratch,
                           [&](const LowRankTerm&, const BlockFactors& factors) { block.add(factors, ahead); });
@@ -261,8 +158,9 @@ static Ahead ahead_of(const Product& p, const Passage& s, const Unit& next) {
   const int64_t first = s.last ? 0 : s.first + s.depth, depth = smaller(p.depth_block, p.depth - first);
   Ahead ahead{};
   if (p.packed != nullptr) {
-    const bfloat16* start = static_cast<const bfloat16*>(p.packed) + from->column * p.depth + first * PANEL;
-    ahead = {reinterpret_cast<const char*>(start), count, 2 * PANEL * depth, 2 * PANEL * p.depth, 0, 0};
+    constexpr int64_t line = sizeof(Operand) * PANEL;
+    const Operand* start = static_cast<const Operand*>(p.packed) + from->column * p.depth + first * PANEL;
+    ahead = {reinterpret_cast<const char*>(start), count, line * depth, line * p.depth, 0, 0};
   } else {
     const int64_t column = from->column, width = from[count - 1].column + from[count - 1].width - column;
     const bfloat16* start =
@@ -279,8 +177,7 @@ static Ahead ahead_of(const Product& p, const Passage& s, const Unit& next) {
 // One block of the depth: every panel, a part at a time that stays in the first-level cache while the rows pass by.
 static void pass(const Product& p, const Passage& s, const Unit& next, const ProductScratch& scratch) {
   Ahead ahead = ahead_of(p, s, next);
-  const int64_t last_row = s.row_begin + (s.row_end - s.row_begin - 1) / PRODUCT_ROWS * PRODUCT_ROWS;
-  if (last_row + PRODUCT_ROWS > p.rows) pack_left(p, last_row, s.first, s.depth, scratch.left);
+  copy_left(p, s.row_begin, s.row_end, s.first, s.depth, scratch.left);
   if (s.last) copy_low_rank(p, s, scratch.low_rank);
   const int64_t part = padded_to(ratio_up(s.depth, ratio_up(s.depth, CACHED_DEPTH)), 32);
   for (int64_t i = 0; i < s.num_panels; ++i)
@@ -293,12 +190,12 @@ static void unit_rows(const Product& p, const Unit& unit, int64_t run, int64_t r
                       const Unit& next, const ProductScratch& scratch) {
   const bool whole = p.depth_block >= p.depth, kept = p.packed != nullptr;
   const int64_t packed_size = PANEL * (kept ? p.depth : p.depth_block), sums_size = whole ? 0 : p.chunk_rows * PANEL;
-  const bfloat16* packed = scratch.panels;
+  const Operand* packed = scratch.panels;
   for (int64_t row = row_begin; row < row_end; row += p.chunk_rows)
     for (int64_t first = 0; first < p.depth; first += p.depth_block) {
       const int64_t depth = smaller(p.depth_block, p.depth - first);
       if (kept)
-        packed = static_cast<const bfloat16*>(p.packed) + unit.panels->column * p.depth + first * PANEL;
+        packed = static_cast<const Operand*>(p.packed) + unit.panels->column * p.depth + first * PANEL;
       else if (!whole || row == unit.row_begin)
         pack_panels(p, unit.panels, unit.num_panels, first, depth, scratch.panels, packed_size);
       const Passage s{run, row, smaller(row + p.chunk_rows, row_end), first, depth, first + depth == p.depth,
@@ -307,21 +204,25 @@ static void unit_rows(const Product& p, const Unit& unit, int64_t run, int64_t r
     }
 }
 
+#if defined(PEFTDYNO_PAIRS)
+
 // Every panel of the right factor, whole, in the order of columns.
 static void pack_product(const Product& p, int64_t begin, int64_t end, void* to) {
   pack_panels(p, p.panels + begin, end - begin, 0, p.depth, static_cast<bfloat16*>(to) + begin * PANEL * p.depth,
               PANEL * p.depth);
 }
 
+#endif
+
 // Units one after another, as threads come for them: a thread that its processor slows down takes fewer.
 static void product(const Product& p, int64_t* next_unit, void* memory) {
   Scratch room{static_cast<uint8_t*>(memory)};
   ProductScratch scratch;
-  scratch.panels = room.take<bfloat16>(p.packed == nullptr ? p.group * p.depth_block * PANEL : 0);
-  scratch.left = room.take<bfloat16>(PRODUCT_ROWS * p.depth_block);
+  scratch.panels = room.take<Operand>(p.packed == nullptr ? p.group * p.depth_block * PANEL : 0);
+  scratch.left = room.take<Operand>(left_size(p));
   scratch.sums = room.take<float>((p.depth_block < p.depth ? p.group : 1) * p.chunk_rows * PANEL);
   scratch.term_sums = room.take<float>(BLOCK);
-  scratch.low_rank = room.take<bfloat16>(0);
+  scratch.low_rank = room.take<Operand>(0);
   begin_blocks();
   Unit next = unit_of(p, __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED));
   while (next.num_panels > 0) {

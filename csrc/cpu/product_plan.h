@@ -7,9 +7,8 @@
 
 namespace peftdyno {
 
-constexpr int64_t PANEL = 32;           // columns of the result computed together
-constexpr int64_t PRODUCT_ROWS = 16;    // rows of a block
-constexpr int64_t CACHED_DEPTH = 288;   // of a panel that stays in the first-level cache while rows pass by
+constexpr int64_t PANEL = 32;         // columns of the result computed together
+constexpr int64_t PRODUCT_ROWS = 16;  // rows of a block
 
 struct LowRankTerm;
 

@@ -25,6 +25,11 @@
 #define PEFTDYNO_PAIRS
 #endif
 
+// Where large products of bf16 are ours.
+#if defined(PEFTDYNO_PAIRS) || defined(__AVX2__)
+#define PEFTDYNO_PRODUCTS
+#endif
+
 namespace peftdyno {
 namespace PEFTDYNO_ISA {
 

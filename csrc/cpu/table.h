@@ -33,11 +33,14 @@ const Kernels table = {
     label_loss,
     nf4_dequantise,
     operand_bytes,
-#if defined(PEFTDYNO_PAIRS)
+#if defined(PEFTDYNO_PRODUCTS)
     product,
-    pack_product,
 #else
     nullptr,
+#endif
+#if defined(PEFTDYNO_PAIRS)
+    pack_product,
+#else
     nullptr,
 #endif
     lora_pack,

@@ -30,6 +30,24 @@ PEFTDYNO_INLINE void transpose_square(const uint32_t* source, int64_t stride, ui
     _mm512_storeu_si512(target + (i + 8) * to_stride, _mm512_shuffle_i32x4(low, low2, 0xdd));
     _mm512_storeu_si512(target + (i + 12) * to_stride, _mm512_shuffle_i32x4(high, high2, 0xdd));
   }
+#elif defined(__AVX2__)
+  __m256 row[8], pair[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(source) + i * stride);
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    row[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    row[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    row[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    row[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    float* to = reinterpret_cast<float*>(target) + i * to_stride;
+    _mm256_storeu_ps(to, _mm256_permute2f128_ps(row[i], row[i + 4], 0x20));
+    _mm256_storeu_ps(to + 4 * to_stride, _mm256_permute2f128_ps(row[i], row[i + 4], 0x31));
+  }
 #else
   for (int64_t i = 0; i < LANES; ++i)
     for (int64_t j = 0; j < LANES; ++j) target[j * to_stride + i] = source[i * stride + j];

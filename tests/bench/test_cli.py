@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -44,6 +45,18 @@ def test_listings(name: str, shell) -> None:
     assert plain.status == 0 and parsed
     names = [entry["name"] for entry in parsed] if isinstance(parsed, list) else list(parsed)
     assert all(entry.split("-")[0] in plain.out for entry in names)
+
+
+def test_unknown_instruction_set_is_one_line() -> None:
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "peftdyno.bench", "env"],
+        env={**os.environ, "PEFTDYNO_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 2
+    assert child.stderr.startswith("peftdyno: PEFTDYNO_ISA: ") and child.stderr.count("\n") == 1
 
 
 def documented() -> list[tuple[str, list[str]]]:

@@ -93,7 +93,7 @@ def test_factors_of_runs_may_lie_apart(isa, rows) -> None:
 
 
 def test_deep_gradient(check, rows, dtype) -> None:
-    """The low-rank gradient of x and the large product's meet in one tensor, also where tiles take the product."""
+    """The low-rank gradient of x and the large product's meet in one tensor, also where the product is ours."""
     tokens, out, columns = 400, 2080, 64
     x, weight = rows(tokens, columns, dtype), rows(out, columns, dtype)
     a, b = [torch.randn(2, 5, columns) / 10], [torch.randn(2, 100, 5)]

@@ -65,7 +65,7 @@ def test_lora_linear(rows, threads, tokens, border, dropout) -> None:
     ("tokens", "depth", "columns"), [(1, 64, 40), (122, 576, 1100), (530, 1536, 72), (1100, 1568, 72), (400, 2080, 72)]
 )
 def test_products(rows, threads, threads_used, tokens, depth, columns) -> None:
-    """Of ours, where the processor has tiles; the library states no scratch."""
+    """Of ours; the library states no scratch."""
     threads(threads_used)
     x, weight, other = (rows(*shape, torch.bfloat16) for shape in ((tokens, depth), (columns, depth), (depth, columns)))
     if own_product(x, columns) is None:
