@@ -26,6 +26,9 @@ bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
 
+#if defined(PEFTDYNO_EMULATE_TILES)
+bool has_amx() { return has_avx512_bf16(); }
+#else
 // CPUID leaf 7: AMX-BF16 is bit 22 and AMX-TILE bit 24 of EDX; the kernel must also grant the tile registers.
 bool has_amx() {
   unsigned a = 7, b, c = 0, d;
@@ -35,6 +38,7 @@ bool has_amx() {
   const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
+#endif
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }

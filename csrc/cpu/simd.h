@@ -20,6 +20,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(PEFTDYNO_TILES) && defined(PEFTDYNO_EMULATE_TILES)
+#include "emulated_tiles.h"
+#endif
+
 // Where the processor multiplies bf16. Compilers name their own macro for AMX differently.
 #if defined(PEFTDYNO_TILES) || defined(__AVX512BF16__)
 #define PEFTDYNO_PAIRS
