@@ -33,8 +33,8 @@ PLAIN = [
     "-Wno-maybe-uninitialized",
 ]
 SANITIZE = os.environ.get("PEFTDYNO_SANITIZE", "")
-"""Sanitizers of a debugging build, as the compiler's -fsanitize takes them: address,undefined. Tiles are emulated in it,
-so that the sanitizers see what they load, and processors without tiles test the code for them."""
+"""Sanitizers of a debugging build, as the compiler's -fsanitize takes them: address,undefined. Tiles are emulated
+in it, so that sanitizers see what they load, and processors without tiles test the code for them."""
 INSTRUMENT = (
     [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1", "-DPEFTDYNO_EMULATE_TILES"] if SANITIZE else []
 )
