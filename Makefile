@@ -38,7 +38,7 @@ print("CPU kernels:", "compiled C++" if AVAILABLE else "PyTorch operations, as t
 endef
 export KERNELS_IN_USE
 
-.PHONY: run test golden sanitize lint check tree bench-cpu bench-tiles aot gpu clean FORCE
+.PHONY: run test golden sanitize lint check tree bench-cpu bench-tiles bench-dots aot gpu clean FORCE
 
 run: $(READY)
 	$(BIN)/peftdyno demo
@@ -86,6 +86,12 @@ bench-tiles:
 	@mkdir -p build
 	$(CXX) -O2 -std=c++20 -mavx512f -mamx-tile -mamx-bf16 -Wno-attributes bench/micro/tiles.cpp -o build/tiles
 	build/tiles
+
+# What a processor without tiles multiplies at most.
+bench-dots:
+	@mkdir -p build
+	$(CXX) -O2 -std=c++20 -pthread bench/micro/dots.cpp -o build/dots
+	build/dots
 
 lint check: $(READY) $(TYPING)
 	$(BIN)/ruff format --check .

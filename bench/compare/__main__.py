@@ -53,6 +53,8 @@ def main(words: Sequence[str] | None = None) -> int:
     errors = results.errors(list(SECTIONS))
     for name, error in errors.items():
         print(f"\nFAILED {name}: {error}")
+    for name, place in results.elsewhere(list(SECTIONS)).items():
+        print(f"\nnot shown: {name}, measured on {place}")
     return 1 if errors else 0
 
 

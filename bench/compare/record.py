@@ -64,10 +64,27 @@ class Results:
         write_json(self.path, {"schema_version": SCHEMA_VERSION, "sections": self.sections})
 
     def rows(self, names: Sequence[str]) -> list[Row]:
-        """Rows of the named sections, in that order."""
-        return [row_from(row) for name in names if name in self.sections for row in self.sections[name]["rows"]]
+        """Rows of the named sections, in that order, as far as they were measured where the newest was."""
+        return [row_from(row) for section in self._here(names).values() for row in section["rows"]]
 
     def errors(self, names: Sequence[str]) -> dict[str, str]:
-        """What failed, by section."""
-        found = {name: self.sections[name]["error"] for name in names if name in self.sections}
-        return {name: error for name, error in found.items() if error}
+        """What failed, by section, where the newest was measured."""
+        return {name: section["error"] for name, section in self._here(names).items() if section["error"]}
+
+    def elsewhere(self, names: Sequence[str]) -> dict[str, str]:
+        """Sections that were measured in another place than the newest, and where."""
+        here = self._here(names)
+        return {name: _place(self.sections[name]) for name in names if name in self.sections and name not in here}
+
+    def _here(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        if not self.sections:
+            return {}
+        place = _place(max(self.sections.values(), key=lambda section: section["finished"]))
+        found = {name: self.sections[name] for name in names if name in self.sections}
+        return {name: section for name, section in found.items() if _place(section) == place}
+
+
+def _place(section: Mapping[str, Any]) -> str:
+    """Processor, instruction set and threads: figures of two places do not go together."""
+    found = section["machine"]
+    return f"{found['processor']}, {found.get('cpu_kernels') or 'kernels not noted'}, {found['threads']} threads"

@@ -1,7 +1,8 @@
 // bf16 products: the rows of the left factor pass by panels of the right one, packed a group at a time.
 //
-// The left factor is read where it lies. Sums wait in fp32 between parts of the depth. Low-rank terms are some more
-// depth to the panels of their module; masked ones are products of their own, added where the mask lets them.
+// The left factor is read where it lies, or widened a passage at a time. Sums wait in fp32 between parts of the depth.
+// Low-rank terms are some more depth to the panels of their module; masked ones are products of their own, added where
+// the mask lets them.
 //
 // How panels lie in memory and which blocks read them is fixed by product_pairs.h or product_wide.h.
 #pragma once

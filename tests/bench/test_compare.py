@@ -1,4 +1,4 @@
-"""The side-by-side harness: turns, ratios, the check of equal work, the record and the table."""
+"""The side-by-side harness: turns, ratios, the check of equal work and the table."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ from peftdyno.bench.compare.equal_work import (
 )
 from peftdyno.bench.compare.memory import resident_peak, storage_bytes, traced_peak
 from peftdyno.bench.compare.product_section import product_rows
-from peftdyno.bench.compare.record import Results, section_record
 from peftdyno.bench.compare.rows import in_order, text_batch, text_batches
 from peftdyno.bench.compare.table import table
 from peftdyno.bench.compare.turns import Row, in_turns, rates, row_from, timed
 from peftdyno.bench.compare.worker import JOBS, job_class
 from peftdyno.engine.config import DecoderConfig
-from peftdyno.engine.errors import UserError
 from peftdyno.engine.weight_files import save_model
 from peftdyno.engine.weights import random_weights
 from peftdyno.kernels import cpu
@@ -375,19 +373,6 @@ def test_products_are_held_against_their_own_rounds_ceiling():
 def test_the_ceiling_is_flops_over_seconds():
     ticks = itertools.count(0.0, products.CEILING_SECONDS)
     assert products.ceiling((2, 3, 4), clock=ticks.__next__) == pytest.approx(2 * 2 * 3 * 4 / products.CEILING_SECONDS)
-
-
-def test_earlier_sections_stay_in_the_file(tmp_path):
-    path = tmp_path / "compare.json"
-    Results(path).put("step-128", section_record([row()], 1.0, "", {}, 2))
-    results = Results(path)
-    results.put("memory", section_record([], 1.0, "broken", {}, 2))
-    kept = Results(path)
-    assert len(kept.rows(["step-128", "memory"])) == 1 and kept.errors(["step-128", "memory"]) == {"memory": "broken"}
-    assert {"command", "versions", "machine", "git", "finished", "settings"} <= kept.sections["step-128"].keys()
-    path.write_text("{}")
-    with pytest.raises(UserError, match=str(path)):
-        Results(path)
 
 
 class NoSides:
