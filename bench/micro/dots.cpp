@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t STEPS = 1 << 21;
-constexpr int SUMS = 14, TURNS = 9;  // sums, that hide the latency of one another
+constexpr int SUMS = 14, TURNS = 9;  // sums hide the latency of one another
 
 // An instruction that adds to each of the sums products of zeros, which take as long as others.
 #define FOURTEEN(begin) \

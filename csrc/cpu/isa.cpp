@@ -61,12 +61,14 @@ const Kernels& named(const std::string& wanted) {
 #endif
       {"portable", [] { return true; }, &portable::table},
   };
+  std::string names;
   for (const Candidate& c : candidates) {
+    names += names.empty() ? c.name : std::string(", ") + c.name;
     if (!wanted.empty() && wanted != c.name) continue;
     if (c.available()) return *c.table;
     if (!wanted.empty()) throw std::runtime_error("instruction set '" + wanted + "': this processor does not have it");
   }
-  throw std::runtime_error("instruction set '" + wanted + "' is not one of amx, avx512_bf16, avx512, avx2, portable");
+  throw std::runtime_error("instruction set '" + wanted + "' is not one of " + names);
 }
 
 std::atomic<const Kernels*> in_force{nullptr};

@@ -44,7 +44,8 @@ struct Fp32Engine {
     int64_t i = 0;
     for (; i + ROWS <= m; i += ROWS)
       tile<ROWS, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
-    for (; i + 4 <= m; i += 4) tile<4, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    if constexpr (ROWS > 4)
+      for (; i + 4 <= m; i += 4) tile<4, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
     for (; i < m; ++i) tile<1, VECTORS>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
   }
 

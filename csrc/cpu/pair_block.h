@@ -112,7 +112,7 @@ class DotBlock {
   PEFTDYNO_MEMBER void end() {}
 
  private:
-  // A product takes one load of a pair of the left factor, that serves all columns, and none where sums stay in registers.
+  // Sums stay in registers; a pair of the left factor is loaded once for all columns.
   template <int ROWS, class Between>
   PEFTDYNO_MEMBER void some(const BlockFactors& f, int64_t row, Between&& between) {
     float* sums = sums_.first + row * sums_.stride;

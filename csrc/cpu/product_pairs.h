@@ -61,11 +61,6 @@ static void pack_columns(const Product& p, const Panel& panel, int64_t first, in
 static void pack_pairs(const Product& p, const Panel* panels, int64_t count, int64_t first, int64_t depth, bfloat16* to,
                        int64_t size) {
   constexpr int64_t AHEAD = 8;  // rows
-  VecU low_half, high_half;     // 0 32 1 33 ... and 16 48 17 49 ..., as 16-bit indices
-  for (int64_t i = 0; i < LANES; ++i) {
-    low_half[i] = static_cast<uint32_t>(i | (i + 32) << 16);
-    high_half[i] = static_cast<uint32_t>((i + 16) | (i + 48) << 16);
-  }
   for (int64_t k = 0; k < depth; k += 2) {
     const bfloat16* even = row_of<bfloat16>(p.right, first + k);
     for (int64_t i = 0; i < count; ++i) {
@@ -75,8 +70,8 @@ static void pack_pairs(const Product& p, const Panel* panels, int64_t count, int
       const __m512i a = _mm512_maskz_loadu_epi16(columns_of(panels[i]), from);
       const __m512i b = _mm512_maskz_loadu_epi16(columns_of(panels[i]), below);
       bfloat16* target = to + i * size + k / 32 * 32 * PANEL + k % 32 * LANES;
-      _mm512_storeu_si512(target, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(low_half), b));
-      _mm512_storeu_si512(target + 32 * LANES, _mm512_permutex2var_epi16(a, bit_cast<__m512i>(high_half), b));
+      _mm512_storeu_si512(target, PairLayout::interleaved_low(a, b));
+      _mm512_storeu_si512(target + 32 * LANES, PairLayout::interleaved_high(a, b));
     }
   }
 }

@@ -64,7 +64,7 @@ def test_lora_linear(rows, threads, tokens, border, dropout) -> None:
 @pytest.mark.parametrize(
     ("tokens", "depth", "columns"), [(1, 64, 40), (122, 576, 1100), (530, 1536, 72), (1100, 1568, 72), (400, 2080, 72)]
 )
-def test_products(rows, threads, threads_used, tokens, depth, columns) -> None:
+def test_products(isa, rows, threads, threads_used, tokens, depth, columns) -> None:
     """Of ours; the library states no scratch."""
     threads(threads_used)
     x, weight, other = (rows(*shape, torch.bfloat16) for shape in ((tokens, depth), (columns, depth), (depth, columns)))
@@ -75,7 +75,7 @@ def test_products(rows, threads, threads_used, tokens, depth, columns) -> None:
         assert recorded(name, x, right, *options) == pytest.approx(held, abs=VIEW)
 
 
-def test_terms_in_a_product(rows, threads) -> None:
+def test_terms_in_a_product(isa, rows, threads) -> None:
     """Low-rank terms of runs whose factors lie apart, joining products of ours where there are such."""
     threads(2)
     x, weight, dy = (rows(*shape, torch.bfloat16) for shape in ((300, 64), (320, 64), (300, 320)))
