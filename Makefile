@@ -1,7 +1,7 @@
 # One environment in .venv serves every target; nothing is installed twice unless its inputs changed.
 #   PYTHON=python3.12        interpreter the environment is made from (3.11 or newer)
 #   TORCH=torch==2.11.0      torch to install before everything that depends on it
-#   ARGS='-k pack'           extra arguments of pytest for `make test`
+#   ARGS='-k pack'           extra arguments of pytest for `make test`; '--seed 7' draws other random inputs
 #   TRITON=3.6               another Triton than the newest for `make aot`
 #   JOBS=4                   processes that run the tests, each with one thread
 
@@ -65,7 +65,6 @@ aot: $(READY) $(TRITON_AT)
 ifdef TRITON
 	PYTHONPATH=$(TRITON_AT) $(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot-triton-$(TRITON).json
 else
-	$(PIP) install -c $(VENV)/constraints 'triton>=3.6'
 	$(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot.json
 endif
 

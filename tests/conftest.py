@@ -18,6 +18,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and our kernels are first imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Random inputs other than CI's: `make test ARGS='--seed 7'`."""
+    parser.addoption("--seed", type=int, default=0, help="of every test's random numbers")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Block the Internet in this process and, through PYTHONPATH, in its Python children."""
     file, log = tempfile.mkstemp(prefix="peftdyno-network-")
@@ -46,11 +51,12 @@ def network_log() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def seeds() -> None:
+def seeds(request: pytest.FixtureRequest) -> None:
     """Start every test from the same random state, whatever ran before it."""
-    random.seed(0)
-    numpy.random.seed(0)
-    torch.manual_seed(0)
+    seed = request.config.getoption("--seed")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""Run kernels on the GPU where there is one, else in Triton's interpreter; skip where Triton is not installed."""
+"""Run kernels on the GPU where there is one, else in Triton's interpreter; not where Triton does not exist."""
 
-import importlib.util
+import sys
 
 import pytest
 import torch
 
-if importlib.util.find_spec("triton") is None:
+if sys.platform != "linux":  # there it is one of the packages for development: its tests fail without it
     collect_ignore_glob = ["test_*.py"]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
