@@ -189,15 +189,17 @@ def check_together(model: TinyModel, methods: list[LoRA]) -> None:
         assert int(together.flat[run].count_nonzero()) == used
 
 
-def test_b_learns_at_its_own_rate(biased: TinyModel) -> None:
+@pytest.mark.parametrize("runs", [1, 2])
+def test_b_learns_at_its_own_rate(biased: TinyModel, runs: int) -> None:
     """LoRA+: a first AdamW step moves every value by its rate, B by 16 times that of A."""
     from peftdyno.engine.optim import AdamW, OptimConfig
 
-    bank = shake(biased.bank(lora("plain", b_rate_factor=16.0)))
+    bank = shake(biased.bank([lora("plain", b_rate_factor=16.0)] * runs, range(runs)))
     before = bank.flat.clone()
-    backward(biased.decoder, bank, [pack_of(bank, random_sequences([8, 8]))])
+    sequences = [sequence for run in range(runs) for sequence in random_sequences([8, 8], run=run)]
+    backward(biased.decoder, bank, [pack_of(bank, sequences)])
     config = OptimConfig(learning_rate=1e-4, weight_decay=0.0)
-    AdamW.create(bank).step(bank, [config], [1e-4], [1.0], [True])
+    AdamW.create(bank).step(bank, [config] * runs, [1e-4] * runs, [1.0] * runs, [True] * runs)
     moved = AdapterBank.empty(biased.config, bank.methods, bank.seeds)
     moved.flat.copy_((bank.flat - before).abs())
     for name, tensor in moved.parameters.items():
