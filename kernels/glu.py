@@ -36,6 +36,7 @@ def activation_derivative(gate: Tensor, activation: str) -> Tensor:
         s = torch.sigmoid(gate)
         return s * (1 + gate * (1 - s))
     c, a = (2 / torch.pi) ** 0.5, 0.044715
+    gate = gate.clamp(-30, 30)  # beyond, t is 1 or -1, and squares of very large values are not finite
     t = torch.tanh(c * (gate + a * gate**3))
     slope: Tensor = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * c * (1 + 3 * a * gate * gate)
     return slope

@@ -93,9 +93,10 @@ struct Inputs {
       : q(with_unit_heads(q_any)),
         k(with_unit_heads(k_any)),
         v(with_unit_heads(v_any)),
-        held_plan(plan_of(segments, chain, q.size(1) / k.size(1), k.size(1), window)),
+        held_plan(plan_of(segments, chain, groups_of(q, k, v), k.size(1), window)),
         plan(*held_plan) {
     const int64_t groups = q.size(1) / k.size(1);
+    TORCH_CHECK(scale > 0, "attention with a scale of ", scale);
     task.bf16 = is_bf16(q);
     task.groups = groups;
     task.width = q.size(2);
@@ -124,6 +125,17 @@ struct Inputs {
       TORCH_CHECK(t.row >= 0 && t.row + t.count <= task.num_queries, "a segment names queries that do not exist");
     }
     task.task_rows = plan.task_rows(groups);
+  }
+
+  // Query heads that share a key head.
+  static int64_t groups_of(const Tensor& q, const Tensor& k, const Tensor& v) {
+    const int64_t heads = q.size(1), key_heads = k.size(1);
+    TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, heads, " query heads do not share ", key_heads, " key heads");
+    TORCH_CHECK(k.sizes() == v.sizes() && k.size(2) == q.size(2), "keys of ", k.sizes(), " and values of ", v.sizes(),
+                " for queries of ", q.sizes());
+    const auto type = q.scalar_type();
+    TORCH_CHECK(k.scalar_type() == type && v.scalar_type() == type, "types of q, k and v differ");
+    return heads / key_heads;
   }
 
   void set_prefix(const Tensor& pk, const Tensor& pv) {

@@ -56,7 +56,7 @@ PEFTDYNO_INLINE void softmax_columns(const Attention& a, const ForwardBuffers<ty
   const Vec base = select(top == nothing, Vec{}, top);
   auto probability = [&](int64_t k) {
     const Vec x = load(s + k * rows) * factor - base;
-    return Kind::masked ? select(x > -126.0f, exp2(x), Vec{}) : exp2(x);
+    return Kind::masked ? select(x < -126.0f, Vec{}, exp2(x)) : exp2(x);
   };
   Vec sum[2] = {};
   int64_t k = 0;

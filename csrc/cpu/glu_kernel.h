@@ -20,9 +20,10 @@ struct Silu {
 struct GeluTanh {
   PEFTDYNO_INLINE ValueAndSlope at(Vec x) {
     const float c = 0.7978845608028654f, cubic = 0.044715f;  // sqrt(2 / pi)
-    Vec square = x * x;
-    Vec t = tanh(c * (x + cubic * square * x));
-    Vec slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * c * (1.0f + 3 * cubic * square);
+    Vec near = minimum(broadcast(30.0f), maximum(broadcast(-30.0f), x));  // beyond, t is 1 or -1
+    Vec square = near * near;
+    Vec t = tanh(c * (near + cubic * square * near));
+    Vec slope = 0.5f * (1.0f + t) + 0.5f * near * (1.0f - t * t) * c * (1.0f + 3 * cubic * square);
     return {0.5f * x * (1.0f + t), slope};
   }
 };

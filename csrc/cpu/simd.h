@@ -257,10 +257,10 @@ PEFTDYNO_INLINE Vec times_power(Vec p, VecI n) {
   return bit_cast<Vec>(bit_cast<VecU>(p) + (bit_cast<VecU>(n) << 23));
 }
 
-// 2^x for x <= 127, any number above and about 2^-126 below -126; a minimax polynomial of the 5th degree, relative
-// error 7.5e-8.
+// 2^x for x <= 127, any number above and about 2^-126 below -126, NaN of NaN; a minimax polynomial of the 5th degree,
+// relative error 7.5e-8.
 PEFTDYNO_INLINE Vec exp2(Vec x) {
-  const Vec bounded = maximum(x, broadcast(-126.0f));
+  const Vec bounded = maximum(broadcast(-126.0f), x);
   const Rounded n = round_small(bounded);
   const Vec f = bounded - n.value;
   Vec p = 1.32764718e-3f * f + 9.67554133e-3f;
@@ -280,7 +280,7 @@ PEFTDYNO_INLINE Vec exp_bounded(Vec x) {
   return times_power(p * e.r + 1.00000007f, e.n);
 }
 
-// exp(x) for x <= 87; exactly 0 below -87.
+// exp(x) for x <= 87, exactly 0 below -87, NaN of NaN.
 PEFTDYNO_INLINE Vec exp(Vec x) {
   return select(x < -87.0f, Vec{}, exp_bounded(maximum(broadcast(-87.0f), x)));
 }

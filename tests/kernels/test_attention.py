@@ -102,6 +102,28 @@ def test_extreme_scores(check, rows, dtype) -> None:
     run(check, rows, FORESTS["sequences"], SHAPES["grouped"], dtype, gain=60.0)
 
 
+@pytest.mark.parametrize("kind", ["plain", "softcap"])
+def test_a_number_that_is_none_is_seen(isa, dtype, kind) -> None:
+    """It reaches every query that sees its key and no other."""
+    forest, (heads, key_heads, width) = FORESTS["sequences"], SHAPES["grouped"]
+    q, k, v, *prefix = tensors(forest, SHAPES["grouped"], dtype, 0)
+    start, queries, *_ = max(forest.segments, key=lambda segment: segment[1])
+    key = start + queries // 2
+    k[key, 0, 3] = float("nan")
+    options = (*forest.tables(), 0.25, 0, 5.0 if kind == "softcap" else 0.0, 0)
+    out, _ = torch.ops.peftdyno_cpu.attention(q, k, v, *prefix, *options)
+    lost = out.unflatten(1, (heads, width)).isnan().all(2)
+    expected = torch.zeros(forest.rows, heads, dtype=torch.bool)
+    expected[key : start + queries, : heads // key_heads] = True
+    assert torch.equal(lost, expected)
+
+
+def test_heads_that_do_not_fit(isa) -> None:
+    q, k = torch.ones(4, 3, 8), torch.ones(4, 2, 8)
+    with pytest.raises(RuntimeError, match="3 query heads do not share 2 key heads"):
+        torch.ops.peftdyno_cpu.attention(q, k, k, None, None, *FORESTS["sequences"].tables(), 0.25, 0, 0.0, 0)
+
+
 @pytest.mark.parametrize("threads_used", [1, 2, 3])
 def test_threads(check, rows, dtype, threads, threads_used) -> None:
     threads(threads_used)
