@@ -9,10 +9,9 @@ void affine(Tensor& y, const Tensor& values_any, int64_t column, IntArrayRef run
   const Tensor values = values_any.contiguous();
   const int64_t width = values.size(1);
   TORCH_CHECK(y.stride(1) == 1 || y.size(1) == 1, "rows of y must be contiguous");
-  TORCH_CHECK(static_cast<int64_t>(run_offsets.size()) == values.size(0) + 1, "run_offsets must bound every run");
   Tensor piece = y.narrow(1, column, width);
   BankAffine task{is_bf16(y), multiply, width, rows_of(piece),
-                  {values.data_ptr<float>(), run_offsets.data(), values.size(0)}};
+                  vectors_of_runs(values, width, run_offsets, y.size(0))};
   for_rows(y.size(0), width, [&](int64_t begin, int64_t end) { kernels().bank_affine(task, begin, end); });
 }
 

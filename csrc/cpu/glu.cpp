@@ -11,11 +11,6 @@ Activation activation_named(c10::string_view name) {
   return Activation::gelu_tanh;
 }
 
-RunVectors scales(const Tensor& scale, IntArrayRef run_offsets) {
-  TORCH_CHECK(static_cast<int64_t>(run_offsets.size()) == scale.size(0) + 1, "run_offsets must bound every run");
-  return {scale.data_ptr<float>(), run_offsets.data(), scale.size(0)};
-}
-
 }  // namespace
 
 Tensor glu(const Tensor& gate_up_any, const OptionalTensor& scale, c10::string_view activation,
@@ -26,7 +21,7 @@ Tensor glu(const Tensor& gate_up_any, const OptionalTensor& scale, c10::string_v
   GluForward task{is_bf16(gate_up), width, activation_named(activation), rows_of(gate_up), rows_of(y), {}};
   if (scale.has_value()) {
     factors = scale->contiguous();
-    task.scale = scales(factors, run_offsets);
+    task.scale = vectors_of_runs(factors, width, run_offsets, n);
   }
   for_rows(n, 2 * width, [&](int64_t begin, int64_t end) { kernels().glu_forward(task, begin, end); });
   return y;
@@ -45,7 +40,7 @@ std::tuple<Tensor, Tensor> glu_backward(const Tensor& dy_any, const Tensor& gate
     return {d, empty_float({0}, d)};
   }
   const Tensor factors = scale->contiguous();
-  task.scale = scales(factors, run_offsets);
+  task.scale = vectors_of_runs(factors, width, run_offsets, n);
   RowSums sums(scale->sizes(), d);
   sums.over_rows(n, 4 * width, [&](int64_t begin, int64_t end, float* dscale) {
     GluBackward mine = task;

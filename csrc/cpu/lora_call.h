@@ -138,7 +138,7 @@ struct LoraCall : LoraShape {
   LoraCall(const Tensor& x, TensorList a, TensorList b, at::ArrayRef<double> scaling, IntArrayRef rows,
            IntArrayRef offsets, double dropout, const OptionalTensor& token_streams, const OptionalTensor& keys)
       : LoraShape(is_bf16(x), x.size(1), ranks_of(a), rows, offsets) {
-    TORCH_CHECK(lora.num_tokens == x.size(0), "run_offsets must bound the rows of every run");
+    TORCH_CHECK(offsets.front() == 0 && lora.num_tokens == x.size(0), "run_offsets must bound the rows of every run");
     lora.x = rows_of(x);
     set_dropout(dropout, token_streams, keys);
     const Tensor key_table = lora.dropped ? keys->contiguous() : Tensor();

@@ -28,16 +28,16 @@ Registry& registry() {
 
 }  // namespace
 
-const void* packed_panels(const Tensor& weight, bool backward) {
+Tensor packed_panels(const Tensor& weight, bool backward) {
   Registry& all = registry();
   const std::shared_lock lock(all.mutex);
   const auto found = all.kept.find(weight.data_ptr());
-  if (found == all.kept.end()) return nullptr;
+  if (found == all.kept.end()) return {};
   const Kept& kept = found->second;
   const bool same = kept.weight.sizes() == weight.sizes() && kept.weight.strides() == weight.strides() &&
                     kept.weight._version() == kept.version;
-  const Tensor& panels = backward ? kept.backward : kept.forward;
-  return same && panels.defined() ? panels.data_ptr() : nullptr;
+  if (!same) return {};
+  return backward ? kept.backward : kept.forward;
 }
 
 int64_t packed_bytes(IntArrayRef shape, bool bf16, bool backward) {

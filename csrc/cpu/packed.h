@@ -5,7 +5,7 @@
 
 namespace peftdyno {
 
-// The panels of W for x W^T, or with `backward` for dy W; null where none are kept or the weight has changed since.
-const void* packed_panels(const at::Tensor& weight, bool backward);
+// The panels of W for x W^T, or with `backward` for dy W; undefined where none are kept or the weight has changed since.
+at::Tensor packed_panels(const at::Tensor& weight, bool backward);
 
 }  // namespace peftdyno

@@ -88,6 +88,25 @@ std::vector<Panel> panels_of(int64_t columns, const LowRankTerms* low_rank) {
   return panels;
 }
 
+// The panels of a weight, where they are kept and this product reads them as they lie.
+Tensor kept_panels(const Tensor& right, bool backward, const std::vector<Panel>& panels) {
+  if (kernels().pack_product == nullptr) return {};  // kept for another instruction set
+  for (const Panel& panel : panels)
+    if (panel.column % PANEL != 0) return {};  // modules cut the panels elsewhere
+  return packed_panels(right, backward);
+}
+
+void check_factors(const Tensor& left, const Tensor& right, const Tensor& out, const ProductOptions& options) {
+  const bool fits = right.size(options.transposed ? 1 : 0) == left.size(1);
+  TORCH_CHECK(fits && right.size(options.transposed ? 0 : 1) == out.size(1) && out.size(0) == left.size(0),
+              "factors of ", left.sizes(), " and ", right.sizes(), " do not make ", out.sizes());
+  const auto type = left.scalar_type();
+  TORCH_CHECK(right.scalar_type() == type && out.scalar_type() == type, "a product of ", type, " by ", right.scalar_type());
+  if (options.bias == nullptr) return;
+  TORCH_CHECK(options.bias->scalar_type() == type && options.bias->numel() == out.size(1) && options.bias->is_contiguous(),
+              "a bias of ", options.bias->sizes(), " ", options.bias->scalar_type(), " for ", out.sizes(), " ", type);
+}
+
 void by_library(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options) {
   const Tensor factor = options.transposed ? right.t() : right;
   options.accumulate ? at::addmm_out(out, out, left, factor) : at::mm_out(out, left, factor);
@@ -97,7 +116,7 @@ void by_library(const Tensor& left, const Tensor& right, Tensor& out, const Prod
 }  // namespace
 
 bool own_product(bool bf16, int64_t rows, int64_t depth) {
-  if (!bf16 || kernels().product == nullptr || depth % 32 != 0) return false;
+  if (!bf16 || kernels().product == nullptr || depth == 0 || depth % 32 != 0) return false;
   // The library reads a weight for one row as it is; widening it first takes longer.
   return rows > (kernels().pack_product == nullptr ? 1 : 0);
 }
@@ -128,13 +147,14 @@ Tensor pack_whole(const Tensor& weight, bool backward) {
 }
 
 OwnProduct::OwnProduct(const Tensor& left, const Tensor& right, Tensor& out, const ProductOptions& options)
-    : panels_(panels_of(out.size(1), options.low_rank)), run_offsets_{0, left.size(0)} {
+    : panels_(panels_of(out.size(1), options.low_rank)),
+      packed_(kept_panels(right, !options.transposed, panels_)),
+      run_offsets_{0, left.size(0)} {
+  check_factors(left, right, out, options);
   TORCH_CHECK(left.stride(1) == 1 && right.stride(1) == 1 && out.stride(1) == 1, "rows of a product are contiguous");
   const ProductShape shape = shape_of(left, out, options.low_rank);
   const Blocks blocks(shape.rows, shape.depth, ratio_up(shape.columns, PANEL));
-  const void* packed = packed_panels(right, !options.transposed);
-  for (const Panel& panel : panels_)
-    if (panel.column % PANEL != 0) packed = nullptr;  // modules cut the panels elsewhere
+  const void* packed = packed_.defined() ? packed_.data_ptr() : nullptr;
   if (options.low_rank != nullptr) run_offsets_ = options.low_rank->run_offsets;
   product_ = {shape.rows, shape.depth, rows_of(left), rows_of(right), rows_of(out), options.transposed,
               options.accumulate, options.bias == nullptr ? nullptr : options.bias->data_ptr(),

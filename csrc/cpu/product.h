@@ -50,6 +50,7 @@ class OwnProduct {
 
  private:
   std::vector<Panel> panels_;
+  Tensor packed_;  // of the right factor, held while threads read it
   std::vector<int64_t> run_offsets_;
   Product product_;
   int64_t threads_, scratch_bytes_, next_unit_ = 0;

@@ -21,11 +21,10 @@ Tensor shifted(const Tensor& weight, double offset) {
   return w;
 }
 
-RunVectors vectors(const Tensor& weight, IntArrayRef run_offsets, int64_t num_rows) {
-  if (weight.dim() == 1) return {weight.data_ptr<float>(), nullptr, 1};
-  TORCH_CHECK(static_cast<int64_t>(run_offsets.size()) == weight.size(0) + 1 && run_offsets.back() == num_rows,
-              "run_offsets must bound the rows of every run");
-  return {weight.data_ptr<float>(), run_offsets.data(), weight.size(0)};
+RunVectors vectors(const Tensor& weight, IntArrayRef run_offsets, const Tensor& x) {
+  if (weight.dim() == 2) return vectors_of_runs(weight, x.size(1), run_offsets, x.size(0));
+  TORCH_CHECK(weight.numel() == x.size(1), "a weight of ", weight.sizes(), " for rows of ", x.size(1));
+  return {weight.data_ptr<float>(), nullptr, 1};
 }
 
 }  // namespace
@@ -37,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x_any, const OptionalT
   const int64_t n = x.size(0), width = x.size(1);
   Tensor y = empty_with_spare(n, width, spare, x), rstd = empty_float({n}, x), residual;
   Tensor h = at::empty({0}, x.options());
-  NormForward task{is_bf16(x), width, rows_of(x), {}, rows_of(y), {}, vectors(w, run_offsets, n),
+  NormForward task{is_bf16(x), width, rows_of(x), {}, rows_of(y), {}, vectors(w, run_offsets, x),
                    rstd.data_ptr<float>(), static_cast<float>(eps)};
   if (residual_any.has_value()) {
     residual = with_unit_columns(residual_any->to(x.scalar_type()));
@@ -56,7 +55,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const Optiona
   const Tensor rstd_row = rstd.contiguous();
   const int64_t n = h.size(0), width = h.size(1);
   Tensor dx = at::empty({n, width}, h.options()), dh;
-  NormBackward task{is_bf16(h), width, rows_of(dy), {}, rows_of(h), rows_of(dx), vectors(w, run_offsets, n),
+  NormBackward task{is_bf16(h), width, rows_of(dy), {}, rows_of(h), rows_of(dx), vectors(w, run_offsets, h),
                     rstd_row.data_ptr<float>(), nullptr};
   TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy and h differ in type");
   if (dh_any.has_value()) {

@@ -30,6 +30,15 @@ inline Tensor with_unit_columns(const Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
 }
 
+// A contiguous [R, width] of fp32 as the vectors of the runs whose rows `run_offsets` bound, of `num_rows` in all.
+inline RunVectors vectors_of_runs(const Tensor& values, int64_t width, IntArrayRef run_offsets, int64_t num_rows) {
+  TORCH_CHECK(values.dim() == 2 && values.size(1) == width, values.sizes(), " does not hold a vector of ", width, " a run");
+  TORCH_CHECK(static_cast<int64_t>(run_offsets.size()) == values.size(0) + 1 && run_offsets.front() == 0 &&
+                  run_offsets.back() == num_rows,
+              "run_offsets must bound the rows of every run");
+  return {values.data_ptr<float>(), run_offsets.data(), values.size(0)};
+}
+
 inline Rows rows_of(const Tensor& x) {
   return {x.data_ptr(), x.dim() > 1 ? x.stride(0) : x.size(0)};
 }

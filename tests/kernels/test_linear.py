@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peftdyno.kernels import cpu
 from peftdyno.kernels.library import PRIMITIVES
 from peftdyno.kernels.panels import drop_panels, keep_panels
 
@@ -60,6 +61,39 @@ def test_large_values_stay_finite_and_infinite_ones_do_not(isa, rows) -> None:
     x[3, 5] = float("inf")
     y = PRIMITIVES["linear"].implementations["cpu"](x, weight, None, 0)
     assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "says"),
+    [
+        (half(40, 32), None, r"factors of \[3, 64\] and \[40, 32\] do not make \[3, 40\]"),
+        (half(40, 64).float(), None, "a product of BFloat16 by Float"),
+        (half(40, 64), half(39), r"a bias of \[39\] BFloat16 for \[3, 40\]"),
+        (half(40, 64), half(40).float(), r"a bias of \[40\] Float"),
+    ],
+)
+def test_factors_that_do_not_fit(isa, weight, bias, says) -> None:
+    if isa == "portable":
+        pytest.skip("the library multiplies")
+    with pytest.raises(RuntimeError, match=says):
+        PRIMITIVES["linear"].implementations["cpu"](half(3, 64), weight, bias, 0)
+
+
+def test_panels_kept_for_another_instruction_set(isa, rows) -> None:
+    """What was packed for products of bf16 pairs is not read by one that widens."""
+    x, weight = rows(5, 64, torch.bfloat16), rows(96, 64, torch.bfloat16)
+    linear = PRIMITIVES["linear"].implementations["cpu"]
+    keep_panels(weight)
+    try:
+        kept = linear(x, weight, None, 0)
+        cpu.use_instruction_set("avx2" if "avx2" in cpu.instruction_sets() else "portable")
+        assert (linear(x, weight, None, 0).float() - kept.float()).abs().max() < 0.1
+    finally:
+        drop_panels(weight)
 
 
 @pytest.mark.parametrize(("tokens", "out", "columns"), [(70, 2080, 96), (33, 576, 1568), (5, 8224, 40), (500, 96, 64)])
