@@ -36,6 +36,21 @@ void keep(const torch::jit::Stack& stack, const std::vector<int64_t>& places, st
   }
 }
 
+// Arguments that are lists share their elements with every call's stack; its tensors leave them whatever happens.
+class Lent {
+ public:
+  Lent(torch::jit::Stack& arguments, const std::vector<TapeInput>& inputs) : arguments_(arguments), inputs_(inputs) {}
+
+  ~Lent() {
+    for (const TapeInput& input : inputs_)
+      if (input.element >= 0) arguments_[input.argument].toList().set(input.element, Tensor());
+  }
+
+ private:
+  torch::jit::Stack& arguments_;
+  const std::vector<TapeInput>& inputs_;
+};
+
 }  // namespace
 
 void Tape::add(const c10::OperatorHandle& op, torch::jit::Stack arguments, std::vector<TapeInput> inputs,
@@ -43,14 +58,13 @@ void Tape::add(const c10::OperatorHandle& op, torch::jit::Stack arguments, std::
   calls_.push_back({op, std::move(arguments), std::move(inputs), std::move(results)});
 }
 
-void Tape::repeat(const Call& call, torch::jit::Stack& stack) {
+void Tape::repeat(Call& call, torch::jit::Stack& stack) {
+  const Lent lent(call.arguments, call.inputs);
   stack.assign(call.arguments.begin(), call.arguments.end());
   for (const TapeInput& input : call.inputs) put(stack, input, seen(slots_[input.slot], input.view));
   call.op.callBoxed(stack);
   keep(stack, call.results.slots, slots_);
   stack.clear();
-  for (const TapeInput& input : call.inputs)
-    if (input.element >= 0) call.arguments[input.argument].toList().set(input.element, Tensor());  // shared with it
   for (const int64_t slot : call.results.ended) slots_[slot].reset();
 }
 

@@ -66,7 +66,7 @@ class Tape {
     TapeResults results;
   };
 
-  void repeat(const Call& call, torch::jit::Stack& stack);
+  void repeat(Call& call, torch::jit::Stack& stack);
   void set(const TapeInteger& place, int64_t value);
 
   const int64_t num_slots_, num_given_;
