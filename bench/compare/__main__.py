@@ -39,7 +39,7 @@ DEFAULT_OUT = Path("build/bench-cpu.json")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command; 1 where a section failed, 2 for wrong arguments."""
+    """Run the command; 1 where a section failed or sides did unequal work, 2 for wrong arguments."""
     options = parser().parse_args(words)
     try:
         names = chosen(options.only)
@@ -49,13 +49,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(results.rows(list(SECTIONS))))
+    rows = results.rows(list(SECTIONS))
+    print(table(rows))
     errors = results.errors(list(SECTIONS))
     for name, error in errors.items():
         print(f"\nFAILED {name}: {error}")
     for name, place in results.elsewhere(list(SECTIONS)).items():
         print(f"\nnot shown: {name}, measured on {place}")
-    return 1 if errors else 0
+    return 1 if errors or any(row.failed for row in rows) else 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -175,7 +175,7 @@ def _method_row(sides: Sides, name: str, batch: list[Any]) -> Row:
     try:
         check = sides.check_plain(name, WITHOUT_DROPOUT.get(name, {}), compared, name, FEW_STEPS)
     except UnequalWork as error:
-        return Row(**names, against=PLAIN, ours=(), note=f"FAILED, unequal work: {error}")
+        return Row(**names, against=PLAIN, ours=(), note=f"FAILED, unequal work: {error}", failed=True)
     open_steps(sides, f"method-{name}", name, {}, batch)
     sides.tell(f"  {name}: {rounds} rounds of {steps} steps")
     measures = {

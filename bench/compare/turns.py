@@ -54,6 +54,8 @@ class Row:
     check: Mapping[str, Any] | None = None
     """How it was seen that both did equal work."""
     note: str = ""
+    failed: bool = False
+    """Whether the sides did unequal work; the note says how."""
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -87,4 +89,4 @@ def row_from(record: Mapping[str, Any]) -> Row:
     """A row out of its record."""
     names = ("workload", "against", "unit", "goal", "better", "check", "note")
     samples = {name: tuple(record[name]) for name in ("ours", "reference")}
-    return Row(**{name: record[name] for name in names}, **samples)
+    return Row(**{name: record[name] for name in names}, **samples, failed=record.get("failed", False))
