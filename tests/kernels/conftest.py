@@ -20,7 +20,7 @@ from peftdyno.kernels import (  # each import registers an operator
     rotary,  # noqa: F401
 )
 from peftdyno.kernels.library import PRIMITIVES, with_spare
-from peftdyno.kernels.oracle import excess, in_float64
+from peftdyno.kernels.oracle import excess, in_float64, neighbours
 
 RUNS = {"one": [0, 63], "single-token": [0, 1], "empty-first": [0, 0, 30, 65], "empty-inside": [0, 5, 5, 126, 127]}
 """Rows of the runs: one run, one row, empty runs at the start and between others."""
@@ -88,7 +88,8 @@ def check(isa: str, poison: None) -> Callable[..., Any]:
             return _results(reference, inner, changed)
 
         result = _results(primitive.implementations["cpu"], arguments, changed)
-        lines = excess(name, result, plain(*arguments), in_float64(plain, arguments))
+        judged = result, plain(*arguments), in_float64(plain, arguments)
+        lines = excess(name, *judged) and excess(name, *judged, neighbours(plain, arguments))
         assert not lines, lines
         return result
 

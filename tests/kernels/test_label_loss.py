@@ -14,6 +14,17 @@ def test_shapes(check, rows, dtype, labels, vocabulary, softcap, gradient) -> No
     check("label_loss", x, head, torch.randint(vocabulary, (labels,)), softcap, gradient)
 
 
+def test_the_same_bits_on_two_threads(isa, rows, dtype, threads) -> None:
+    own = dtype == torch.bfloat16 and isa != "portable"  # else the library's, whose order of sums is not ours to say
+    given = rows(70, 64, dtype), rows(4096, 64, dtype), torch.randint(4096, (70,)), 0.0, True
+    alone = torch.ops.peftdyno_cpu.label_loss(*given)
+    threads(2)
+    for _ in range(3):
+        for again, before in zip(torch.ops.peftdyno_cpu.label_loss(*given), alone, strict=True):
+            allowed = 0.0 if own else 8 * torch.finfo(dtype).eps
+            assert float((again - before).norm()) <= allowed * float(before.norm())
+
+
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_extreme_logits(check, rows, dtype, softcap) -> None:
     x = 100 * rows(9, 32, dtype)
