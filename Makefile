@@ -38,7 +38,7 @@ print("CPU kernels:", "compiled C++" if AVAILABLE else "PyTorch operations, as t
 endef
 export KERNELS_IN_USE
 
-.PHONY: run test golden sanitize lint check tree bench-cpu bench-tiles bench-dots aot gpu clean FORCE
+.PHONY: run test golden sanitize compilers lint check tree bench-cpu bench-tiles bench-dots aot gpu clean FORCE
 
 run: $(READY)
 	$(BIN)/peftdyno demo
@@ -54,6 +54,19 @@ sanitize: $(READY)
 	  --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(CHECKED) $(BIN)/python -P -c "$$KERNELS_SANITIZED"
 	$(CHECKED) $(BIN)/pytest tests/kernels tests/engine/test_tape.py tests/engine/test_sized_tape.py --ignore tests/kernels/triton --capture=sys --numprocesses=$(JOBS) $(ARGS)
+
+# The C++ built from nothing by each compiler, timed, and the kernel tests on what it made. Clang brings OpenMP's headers
+# apart (libomp-dev). COMPILERS=clang++ for one.
+COMPILERS ?= g++ clang++
+compilers: $(READY)
+	@for compiler in $(COMPILERS); do \
+	  at="build/compilers/$$compiler"; rm -rf "$$at"; mkdir -p "$$at"; SECONDS=0; \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" CC="$$compiler" CXX="$$compiler" $(BIN)/python setup.py --quiet build \
+	    --build-base "$$at" --build-lib "$$at/lib" >"$$at/log" 2>&1; \
+	  ls "$$at"/lib/peftdyno/kernels/_cpu*.so >/dev/null; \
+	  echo "$$("$$compiler" --version | head -1): built in $$SECONDS s on $$(nproc) processors"; \
+	  OMP_NUM_THREADS=1 PYTHONPATH="$$at/lib" $(BIN)/pytest tests/kernels --ignore tests/kernels/triton --numprocesses=$(JOBS); \
+	done
 
 # The losses that tests/test_tiny.py holds later versions to.
 golden: $(READY)
