@@ -25,7 +25,7 @@ def _update(
     if live > 0:
         rate, clip = tl.load(runs + 5 * run + 1), tl.load(runs + 5 * run + 2)
         correction1, correction2 = tl.load(runs + 5 * run + 3), tl.load(runs + 5 * run + 4)
-        columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # all weights may pass 2**31 values
         mask = columns < width
         j = run.to(tl.int64)
         p += j * p_stride

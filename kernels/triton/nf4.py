@@ -22,7 +22,7 @@ def _dequantise(codes, absmax, book, out, num_bytes, BLOCK: tl.constexpr):
     pair = tl.join(tl.load(book + (code >> 4)) * scale, tl.load(book + (code & 15)) * scale)
     element = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     value = tl.reshape(pair, [2 * BLOCK])
-    tl.store(out + element, value.to(out.dtype.element_ty), mask=element < 2 * num_bytes)
+    tl.store(out + element, value.to(out.dtype.element_ty), mask=element // 2 < num_bytes)
 
 
 def dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,16 @@ def test_a_broken_limit_is_found() -> None:
     assert "registers > 8" in result.stdout and "no tensor cores" in result.stdout, result.stderr
 
 
+def test_flat_parameters_are_addressed_in_64_bits() -> None:
+    """Full fine-tuning trains more than 2**31 values a run."""
+    code = "from peftdyno.kernels.triton import adamw, ahead\nprint(ahead.compiled(adamw.COMPILED[0], 90).asm['ttir'])"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    offsets = [line for line in result.stdout.splitlines() if "tt.addptr" in line and "tensor<" in line]
+    assert len(offsets) >= 4, result.stderr
+    assert all("xi64>" in line for line in offsets), offsets
+
+
 def test_every_operator_is_compiled_ahead() -> None:
     modules = {place.split(".")[0] for place in OPERATORS.values()}
     lists = {*ahead.MODULES, "linear", "lora_linear"}

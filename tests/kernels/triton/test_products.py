@@ -10,6 +10,7 @@ from peftdyno.kernels import linear, nf4, nf4_linear, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
 from peftdyno.kernels.triton import load, lora_gemm
+from peftdyno.kernels.triton import nf4 as triton_nf4
 
 
 def with_low_rank(x: Tensor, weight: Tensor, u: Tensor, up: Tensor, bias: Tensor) -> Tensor:
@@ -57,6 +58,14 @@ def test_nf4_dequantise_gives_the_same_bits(rows: int, columns: int, dtype: torc
     absmax = torch.rand(rows * columns // nf4.BLOCK, device=device)
     arguments = (codes, absmax, rows, columns, dtype)
     assert torch.equal(load("nf4_dequantise")(*arguments), nf4.reference_dequantise(*arguments))
+
+
+def test_nf4_of_more_elements_than_32_bits_count(device: Any) -> None:
+    """The first program of a weight of 2**31 elements stores its part."""
+    codes = torch.randint(256, (1024,), dtype=torch.uint8, device=device)
+    absmax, out = torch.rand(32, device=device), torch.zeros(2048, device=device)
+    triton_nf4._dequantise[(1,)](codes, absmax, nf4.codebook(codes.device), out, 2**30, BLOCK=1024)
+    assert torch.equal(out, nf4.reference_dequantise(codes, absmax, 1, 2048, torch.float32)[0])
 
 
 @pytest.mark.parametrize(("rows", "columns", "out"), [(1, 64, 1), (19, 96, 130)])
