@@ -72,7 +72,7 @@ def load_base(name: str, dtype: str = "bf16", device: str = "auto", quant: str |
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; UserError where it is not there."""
+    """The device of a name, a numbered one from here on the current one; UserError where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -83,6 +83,11 @@ def choose_device(name: str) -> torch.device:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; give --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device '{name}' is not one of auto, cpu, cuda")
+    if device.index is not None and device.type == "cuda":
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(f"--device '{name}': PyTorch sees {count} CUDA devices, numbered from 0")
+        torch.cuda.set_device(device)  # Triton launches there, and streams and events are made there
     return device
 
 
