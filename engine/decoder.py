@@ -32,6 +32,7 @@ from peftdyno.kernels.library import watched
 from peftdyno.kernels.linear import linear
 from peftdyno.kernels.low_rank_input import Down, down_of, glu_down, rms_norm_down
 from peftdyno.kernels.nf4 import Weight
+from peftdyno.kernels.picked_rows import picked_rows
 from peftdyno.kernels.rms_norm import rms_norm
 from peftdyno.kernels.rotary import angles
 
@@ -76,7 +77,7 @@ class Decoder:
     def losses(self, pack: Pack, bank: AdapterBank) -> Tensor:
         """Cross-entropy of each label of the pack, [L] in fp32, in the order of `pack.labels`."""
         hidden = self.hidden(pack, bank, only_labels=True)
-        hidden = hidden.index_select(0, pack.labels.place)
+        hidden = picked_rows(hidden, pack.labels.place)
         with self.scope.within(owner="adapter"):
             own = bank.head(hidden, TokenRuns(offsets=pack.labels.run_offsets))
             if own is not None:
@@ -167,6 +168,7 @@ class Decoder:
         runs = rows.runs
         if last:
             runs, picked = rows.pack.labels.row_runs, rows.pack.labels.rows
+            # Distinct but for padding, whose gradients are exact zeros: their sums need no order.
             delta, residual, normed = (x.index_select(0, picked) for x in (delta, residual, normed))
         delta = self.linear("o", i, weights.o, weights.o_bias, bank, runs, delta)
         delta = self.branch("attention", i, bank, normed, delta, runs)

@@ -21,6 +21,7 @@ from peftdyno.kernels import (  # each import registers an operator
     lora_linear,  # noqa: F401
     lora_terms,  # noqa: F401
     low_rank_input,  # noqa: F401
+    picked_rows,  # noqa: F401
     rms_norm,  # noqa: F401
     rotary,
 )
@@ -141,6 +142,8 @@ def pointwise(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     sums = lambda t, n: (draw.rows(n, d, t), draw.rows(n, d, t), 0, d, draw.runs(n, r))  # noqa: E731
     yield Case("bank_column_sums", f"{r} runs", sums, against="eager compile")
     yield Case("scale_rows", "", lambda t, n: (draw.rows(n, d, t), torch.randn(n, device=device)))
+    picks = lambda t, n: (draw.rows(n, d, t), torch.randint(n, (n,), device=device), n, False)  # noqa: E731
+    yield Case("picked_rows_backward", "", picks)
     yield Case("adamw_", f"{r} runs", update, changed=(0, 2, 3), against="eager")
 
 

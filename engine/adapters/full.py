@@ -16,6 +16,7 @@ from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.weights import DecoderWeights, field_shape, layer_parts
 from peftdyno.kernels.adapted_linear import TokenRuns
 from peftdyno.kernels.nf4 import Weight
+from peftdyno.kernels.picked_rows import picked_rows
 
 if TYPE_CHECKING:
     from peftdyno.engine.adapters.bank import AdapterBank
@@ -60,7 +61,7 @@ class Full(Method):
 
     def embed(self, bank: AdapterBank, tokens: Tensor, runs: TokenRuns) -> Tensor:
         tables = bank.parameters["embed"].unbind(0)
-        rows = [table.index_select(0, ids) for table, ids in zip(tables, runs.split(tokens), strict=True)]
+        rows = [picked_rows(table, ids, trained=True) for table, ids in zip(tables, runs.split(tokens), strict=True)]
         return torch.cat(rows).to(bank.buffers["dtype"])
 
     def head(self, bank: AdapterBank, hidden: Tensor, runs: TokenRuns) -> Tensor:

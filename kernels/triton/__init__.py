@@ -34,6 +34,7 @@ OPERATORS = {
     "nf4_dequantise": "nf4.dequantise",
     "nf4_linear": "nf4_gemm.forward",
     "nf4_linear_backward": "nf4_gemm.backward",
+    "picked_rows_backward": "picked_rows.backward",
     "rms_norm": "rms_norm.forward",
     "rms_norm_backward": "rms_norm.backward",
     "rms_norm_down": "low_rank_input.norm",

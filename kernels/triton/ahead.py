@@ -30,6 +30,7 @@ MODULES = (
     "rotary",
     "bank_affine",
     "label_loss",
+    "picked_rows",
     "adamw",
     "dropout",
     "low_rank",

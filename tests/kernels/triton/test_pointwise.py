@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftdyno.kernels import adamw, bank_affine, glu, label_loss, rms_norm, rotary
+from peftdyno.kernels import adamw, bank_affine, glu, label_loss, picked_rows, rms_norm, rotary
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
 from peftdyno.kernels.triton import load
@@ -145,6 +145,22 @@ def test_label_loss_in_chunks(monkeypatch: pytest.MonkeyPatch, device: Any) -> N
     monkeypatch.setattr(triton_loss, "chunk_rows", lambda head: 10)
     x, head = random(23, 16, device=device), random(5000, 16, device=device)
     check("label_loss", label_loss.reference, x, head, torch.randint(5000, (23,), device=device), 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("index", "num_rows", "columns", "dtype"),
+    [
+        ([0], 1, 1, FP32),
+        ([], 3, 5, FP32),
+        ([4, 0, 4, 2, 4, 4, 4, 4, 4, 2], 6, 63, FP16),
+        ([*range(63), *range(63), 5], 127, 600, FP32),
+    ],
+)
+def test_picked_rows(index: list[int], num_rows: int, columns: int, dtype: torch.dtype, device: Any) -> None:
+    """Rows picked never, once, and more often than a program adds at a time."""
+    picks = torch.tensor(index, dtype=torch.int64, device=device)
+    dy = random(len(index), columns, dtype=dtype, device=device, spare=3)
+    check("picked_rows_backward", picked_rows.reference_backward, dy, picks, num_rows, False)
 
 
 def test_adamw_leaves_other_runs_alone(device: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftdyno.engine import pack_padding, step_graphs
 from peftdyno.engine.accounting.ledger import Ledger
@@ -38,6 +39,7 @@ FIELDS = {
     "eos_token_id": 2,
 }
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
     "lora": {"rank": 4, "dropout": 0.2, "target_modules": ("q_proj", "v_proj", "down_proj")},
     "ia3": {},
     "prefix-tuning": {"num_virtual_tokens": 3},
@@ -73,7 +75,8 @@ def gradients(name: str, kernels: str, device: torch.device, bordered: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "bordered"), [("lora", False), ("lora", True), ("ia3", False), ("prefix-tuning", False)]
+    ("name", "bordered"),
+    [("lora", False), ("lora", True), ("ia3", False), ("prefix-tuning", False), ("full", False)],
 )
 def test_step_equals_the_reference(name: str, bordered: bool, device: torch.device) -> None:
     losses, found = gradients(name, "triton", device, bordered)
@@ -81,6 +84,30 @@ def test_step_equals_the_reference(name: str, bordered: bool, device: torch.devi
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
     assert bool((expected.norm(dim=1) > 0).all()), "every run learns"
+
+
+class _Added(TorchDispatchMode):
+    """The indices of all sums of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._opname in ("index_add", "index_add_", "index_put_", "scatter_add_"):
+            self.indices += [t for t in args if isinstance(t, Tensor) and t.dtype == torch.int64]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_gradients_are_summed_in_an_order(name: str, device: torch.device) -> None:
+    """PyTorch adds rows on a GPU with atomics: where an index names a row more than once, in any order.
+
+    Sequences behind a shared beginning have labels at the same rows, and tokens in common after it."""
+    with _Added() as added:
+        gradients(name, "triton", device, False)
+    assert added.indices, "rows are picked for the labels"
+    assert all(len(index.unique()) == len(index) for index in added.indices)
 
 
 def test_producers_that_make_the_low_rank_input(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
