@@ -3,6 +3,7 @@ and a step whose every kernel is launched to compare a replay with."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,60 +18,49 @@ from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.graphs import GraphChoice
 from peftdyno.engine.pack import Pack
-from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
+from peftdyno.kernels.adapted_linear import TokenRuns
+
+Streams = tuple[tuple[str, int], ...]
+"""Random streams whose keys make one table: (purpose, layer) of each."""
 
 
 @dataclass
 class _AskedKeys(AdapterBank):
-    """The bank, noting of which random streams its method asks the keys."""
+    """The bank, noting the tables of keys that its method asks for."""
 
-    asked: list[tuple[str, int]] = field(default_factory=list)
+    asked: list[Streams] = field(default_factory=list)
 
-    def keys(self, purpose: str, layer: int) -> list[int]:
-        """The 64-bit key of each run."""
-        self.asked.append((purpose, layer))
-        return super().keys(purpose, layer)
+    def key_table(self, streams: Sequence[tuple[str, int]]) -> Tensor:
+        """Keys of several random streams."""
+        self.asked.append(tuple(streams))
+        return super().key_table(streams)
 
 
 @dataclass
 class GivenKeys(AdapterBank):
     """The bank with keys of random streams that lie where a recording reads them, and a state of its own."""
 
-    asked: tuple[tuple[str, int], ...] = ()
-    given: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """[M, R] by layer and site: views of `lying`, in the order of `asked`."""
-    lying: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    given: dict[Streams, Tensor] = field(default_factory=dict)
 
     @classmethod
     def like(cls, bank: AdapterBank) -> GivenKeys:
         """The parameters and gradients of a bank."""
-        shared = {item.name: getattr(bank, item.name) for item in fields(AdapterBank)}
-        shared |= {"state": {}, "training": True}
-        probe = _AskedKeys(**shared)
-        edits = {(i, site): probe.linear(i, site) for i in range(bank.config.num_hidden_layers) for site in SITES}
-        keys = {place: e.keys for place, e in edits.items() if e is not None and e.keys is not None}
-        made = cls(**shared, asked=tuple(probe.asked))
-        expected = [key for own in keys.values() for key in own.flatten().tolist()]
-        assert expected == made._keys_of_step(), "a method's keys lie as it asked for them"
-        made.lying = torch.tensor(expected, dtype=torch.int64, device=bank.flat.device)
-        parts = made.lying.split([own.numel() for own in keys.values()])
-        made.given = {place: part.view(keys[place].shape) for place, part in zip(keys, parts, strict=True)}
-        return made
-
-    def _keys_of_step(self) -> list[int]:
-        return [key for purpose, layer in self.asked for key in self.keys(purpose, layer)]
+        shared = {item.name: getattr(bank, item.name) for item in fields(AdapterBank)} | {"training": True}
+        probe = _AskedKeys(**shared | {"state": {}})
+        for place in itertools.product(range(bank.config.num_hidden_layers), SITES):
+            probe.linear(*place)
+        given = {streams: bank.key_table(streams) for streams in probe.asked}
+        return cls(**shared | {"state": {}}, given=given)
 
     def fill(self, step: int) -> None:
         """Put the keys of a step where recordings read them."""
         self.step = step
-        if self.asked:
-            put(self.lying, torch.tensor(self._keys_of_step()))
+        for streams, lying in self.given.items():
+            put(lying, torch.tensor([self.keys(*stream) for stream in streams]))
 
-    def linear(self, layer: int, site: str) -> LinearEdits | None:
-        """Edits of a fused product."""
-        edits = super().linear(layer, site)
-        given = self.given.get((layer, site))
-        return edits if edits is None or given is None else edits.dropped(edits.dropout, given)
+    def key_table(self, streams: Sequence[tuple[str, int]]) -> Tensor:
+        """Keys of several random streams, where they lie."""
+        return self.given[tuple(streams)]
 
 
 def put(target: Tensor, source: Tensor) -> None:

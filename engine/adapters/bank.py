@@ -163,6 +163,13 @@ class AdapterBank:
         """The 64-bit key of each run for this step's random stream of a purpose in a layer."""
         return [stream_key(seed, purpose, self.step, layer) for seed in self.seeds]
 
+    def key_table(self, streams: Sequence[tuple[str, int]]) -> Tensor:
+        """`keys` of several (purpose, layer), [M, R], on the bank's device."""
+        rows = [self.keys(*stream) for stream in streams]
+        if self.flat.is_cuda:  # a copy that waits for nothing that runs there
+            return torch.tensor(rows, pin_memory=True).to(self.flat.device, non_blocking=True)
+        return torch.tensor(rows, device=self.flat.device)
+
     @cached_property
     def replaces_products(self) -> bool:
         """Whether `product` may give anything."""

@@ -7,6 +7,7 @@ Options: DoRA (Liu et al. 2024, eq. 5), LoRA+ (Hayou et al. 2024), the PiSSA sta
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -231,13 +232,21 @@ class LoRA(Method):
         edits, places = self._edits(bank, layer, site)
         if edits is None or not (self.dropout and bank.training and places):
             return edits
-        keys = torch.tensor([bank.keys(f"dropout.{module}", layer) for _, module in places])
-        return edits.dropped(self.dropout, keys)
+        if "keys" not in bank.state:
+            bank.state["keys"] = self._keys(bank)
+        return edits.dropped(self.dropout, bank.state["keys"][layer, site])
+
+    def _keys(self, bank: AdapterBank) -> dict[tuple[int, str], Tensor]:
+        """Keys [M, R] of the dropout of each (layer, site), made in one piece for a step."""
+        places = bank.buffers["places"]
+        sizes = Counter((layer, SITE_OF[module]) for layer, module in places)
+        table = bank.key_table([(f"dropout.{module}", layer) for layer, module in places])
+        return dict(zip(sizes, table.split(list(sizes.values())), strict=True))
 
     def _edits(self, bank: AdapterBank, layer: int, site: str) -> tuple[LinearEdits | None, list[Place]]:
         """Edits without dropout, and the places of their low-rank terms; the same at every step where `prepare`
         computes nothing."""
-        known, steady = f"edits.{layer}.{site}", bank.state.keys() == {"derived"}
+        known, steady = f"edits.{layer}.{site}", bank.state.keys() - {"keys"} == {"derived"}
         if steady and known in bank.fixed:
             found: tuple[LinearEdits | None, list[Place]] = bank.fixed[known]
             return found

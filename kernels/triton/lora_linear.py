@@ -25,7 +25,7 @@ def _dropout(probability: float, streams: Tensor | None, keys: Tensor | None, li
     if probability == 0.0:
         return None
     assert streams is not None and keys is not None, "dropout needs the tokens' identities and the runs' keys"
-    return Dropout(probability, streams, keys.to(like.device, non_blocking=True).contiguous())
+    return Dropout(probability, streams, keys.to(like.device).contiguous())
 
 
 def _widened(x: Tensor, columns: int) -> Tensor:

@@ -163,7 +163,7 @@ def _prepared(
     if dropout == 0.0:
         return modules, factor, None
     assert streams is not None and keys is not None, "dropout needs the tokens' identities and the runs' keys"
-    return modules, factor, Dropout(dropout, streams, keys.to(like.device, non_blocking=True).contiguous())
+    return modules, factor, Dropout(dropout, streams, keys.to(like.device).contiguous())
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -124,6 +124,20 @@ def test_edits_are_put_together_once_and_dropout_is_new_each_step(biased: TinyMo
     assert still.low_rank is first.low_rank and still.dropout == 0.0 and still.keys is None
 
 
+def test_keys_of_a_step_are_made_and_copied_once(biased: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, made, plain = biased.bank(lora("plain", dropout=0.2), (1, 2)), [], AdapterBank.key_table
+    monkeypatch.setattr(
+        AdapterBank, "key_table", lambda self, streams: (made.append(self.step), plain(self, streams))[1]
+    )
+    for step in (3, 4):
+        bank.begin(step, training=True)
+        for layer in range(bank.config.num_hidden_layers):
+            for site, modules in (("qkv", ("k_proj", "v_proj")), ("down", ("down_proj",))):
+                expected = [bank.keys(f"dropout.{module}", layer) for module in modules]
+                assert [bank.linear(layer, site).keys.tolist() for _ in range(2)] == [expected] * 2
+    assert made == [3, 4]
+
+
 @pytest.mark.parametrize("form", ["dora", "pissa"])
 def test_edits_that_follow_from_the_parameters_are_new_each_step(form: str, biased: TinyModel) -> None:
     """DoRA's scales are the magnitudes over norms of the step; PiSSA's factors hold the trained ones."""
