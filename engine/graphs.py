@@ -8,6 +8,7 @@ positions, the rows they write and what they attend to are put where the recordi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -57,6 +58,12 @@ class EagerRecorder:
         return again
 
 
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """The one on which all recordings of a card are made: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """CUDA graphs that share one pool of memory."""
 
@@ -65,13 +72,13 @@ class CudaRecorder:
 
     def record(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See Recorder. The first call compiles kernels and makes their tables, outside the graph."""
-        stream = torch.cuda.Stream()
+        stream = _recording_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
             out = call()
 
         def again() -> Tensor:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -128,3 +129,19 @@ def test_a_tape_is_made_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match="install with a C\\+\\+ compiler and give --kernels auto, or --graphs off"):
         recorder_for("on", CPU, LEAST_TAPED)
     assert recorder_for("auto", CPU, LEAST_TAPED) is None
+
+
+def test_all_recordings_are_made_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of stand-ins: what runs before the graph and what is captured."""
+    streams: list[MagicMock] = []
+    cuda = MagicMock(Stream=lambda device: streams.append(MagicMock()) or streams[-1])
+    monkeypatch.setattr(graphs.torch, "cuda", cuda)
+    graphs._recording_stream.cache_clear()
+    for recorder in (graphs.CudaRecorder(), graphs.CudaRecorder()):
+        for _ in range(2):
+            recorder.record(lambda: torch.zeros(1))
+    graphs._recording_stream.cache_clear()
+    assert len(streams) == 1
+    used = [call.args[0] for call in cuda.stream.call_args_list]
+    used += [call.kwargs["stream"] for call in cuda.graph.call_args_list]
+    assert used == [streams[0]] * 8
