@@ -151,7 +151,8 @@ class _GivenAngles(Decoder):
 
 @dataclass
 class _Recording:
-    """A step for a bucket. inputs: int64 [3, B], tokens, positions and rows of the cache that they write."""
+    """A step for a bucket. inputs: int64 [4, B], tokens, positions, rows of the cache that they write, and in front of
+    the last row the bucket's rows of the live sequences."""
 
     offsets: tuple[int, ...]
     inputs: Tensor
@@ -174,8 +175,8 @@ class _Recording:
             return wide
 
         write, table, chain = cache.tables(spread(step.sequences, PADDING), spread(step.made, 0))
-        values = torch.tensor([spread(step.tokens, 0), spread(step.positions, 0), write])
-        self.inputs.copy_(values)
+        live = rows + [0] * (self.offsets[-1] - len(rows))
+        replay.put(self.inputs, torch.tensor([spread(step.tokens, 0), spread(step.positions, 0), write, live]))
         for theta, angles in Decoder.rotary(self.decoder, self.inputs[1]).items():
             for target, source in zip(self.decoder.angles[theta], angles, strict=True):
                 target.copy_(source)
@@ -183,7 +184,7 @@ class _Recording:
         self.layout.chain.zero_()
         self.layout.chain[: len(chain)] = torch.tensor(chain, dtype=torch.int32)
         self.tables.fill()
-        return torch.tensor(rows, device=self.inputs.device)
+        return self.inputs[3, : len(rows)]
 
 
 @dataclass
@@ -241,7 +242,7 @@ class DecodeGraphs:
         offsets, padding = (0, *itertools.accumulate(widths)), sum(widths) - len(step.sequences)
         longest = [self.cache.room - 1] * len(step.sequences)
         _, _, chain = self.cache.tables([*step.sequences, *[PADDING] * padding], [*longest, *[0] * padding])
-        inputs = torch.zeros(3, sum(widths), dtype=torch.int64, device=self.pack.tokens.device)
+        inputs = torch.zeros(4, sum(widths), dtype=torch.int64, device=self.pack.tokens.device)
         sizes = (sum(widths), 4), (len(chain), 3)
         layout = AttentionLayout(*(torch.zeros(size, dtype=torch.int32) for size in sizes))
         decoder = _GivenAngles(self.decoder.config, self.decoder.weights, self.decoder.scope)

@@ -18,6 +18,7 @@ from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.graphs import GraphChoice
 from peftdyno.engine.pack import Pack
+from peftdyno.kernels import replay
 from peftdyno.kernels.adapted_linear import TokenRuns
 
 Streams = tuple[tuple[str, int], ...]
@@ -56,16 +57,11 @@ class GivenKeys(AdapterBank):
         """Put the keys of a step where recordings read them."""
         self.step = step
         for streams, lying in self.given.items():
-            put(lying, torch.tensor([self.keys(*stream) for stream in streams]))
+            replay.put(lying, torch.tensor([self.keys(*stream) for stream in streams]))
 
     def key_table(self, streams: Sequence[tuple[str, int]]) -> Tensor:
         """Keys of several random streams, where they lie."""
         return self.given[tuple(streams)]
-
-
-def put(target: Tensor, source: Tensor) -> None:
-    """Copy from the CPU without waiting for what runs on the device."""
-    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
 def integer_arrays(pack: Pack) -> list[Tensor]:

@@ -18,7 +18,7 @@ from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.graphs import Recorder
 from peftdyno.engine.pack import Pack
 from peftdyno.engine.pack_padding import PackSize, padded
-from peftdyno.engine.replayed_steps import ReplayedSteps, check_same, integer_arrays, put, with_integer_arrays
+from peftdyno.engine.replayed_steps import ReplayedSteps, check_same, integer_arrays, with_integer_arrays
 from peftdyno.kernels import replay
 
 MOST_FLOPS = 1e12
@@ -53,8 +53,8 @@ class Recording:
     def replay(self, wide: Pack) -> None:
         """Compute another pack of the same size."""
         assert self.again is not None, "replayed before it is recorded"
-        put(self.integers, torch.cat(integer_arrays(wide)))
-        put(self.pack.labels.weight, wide.labels.weight)
+        replay.put(self.integers, torch.cat(integer_arrays(wide)))
+        replay.put(self.pack.labels.weight, wide.labels.weight)
         self.pack.layout.segments.copy_(wide.layout.segments)
         self.pack.layout.chain.copy_(wide.layout.chain)
         self.tables.fill()

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -56,3 +58,8 @@ def keep(value: T) -> T:
     if _recording:
         _recording[-1].kept.append(value)
     return value
+
+
+def put(target: Tensor, source: Tensor) -> None:
+    """Copy from the CPU, where a recording reads it, without waiting for what runs on the device."""
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

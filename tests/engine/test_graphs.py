@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from peftdyno.engine import graphs
+from peftdyno.engine.cache import KVCache
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.generate import generate
 from peftdyno.engine.graphs import LEAST_TAPED, EagerRecorder, Recorder, bucket, recorder_for
 from peftdyno.engine.pack import Sequence
 from peftdyno.engine.tape import TapeRecorder, unavailable
+from peftdyno.kernels import replay
 
 from .banks import TinyModel, random_sequences, shake, small_method
 
@@ -72,6 +74,24 @@ def test_replayed_steps_give_the_same_tokens(
     live = [sum(len(tokens) > 0 for tokens in expected[5 * run : 5 * run + 5]) for run in range(2)]
     assert recorder.rows[0] == sum(map(bucket, live))
     assert len(recorder.rows) < recorder.replays, "a recording serves several steps"
+
+
+def test_a_step_is_copied_in_one_piece(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the rows that are read of its logits."""
+    puts: list[Tensor] = []
+    fills: list[Tensor] = []
+    put, fill = replay.put, graphs._Recording.fill
+    monkeypatch.setattr(replay, "put", lambda target, source: (puts.append(target), put(target, source))[1])
+
+    def filled(self: graphs._Recording, cache: KVCache, step: graphs.Step) -> Tensor:
+        fills.append(fill(self, cache, step))
+        assert fills[-1].untyped_storage().data_ptr() == self.inputs.untyped_storage().data_ptr()
+        return fills[-1]
+
+    monkeypatch.setattr(graphs._Recording, "fill", filled)
+    bank = llama.bank(small_method("lora"), (1,))
+    generate(llama.decoder, bank, prompts_of(1, 3), max_new_tokens=4, eos_ids=(), graphs=EagerRecorder())
+    assert len(puts) == len(fills) > 3
 
 
 def test_a_recording_is_kept_while_half_of_it_is_used() -> None:
