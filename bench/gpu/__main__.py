@@ -32,8 +32,6 @@ def provenance(device: Any, *, tiny: bool) -> dict[str, Any]:
     import torch
     import triton
 
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "gpu": gpu,
@@ -43,9 +41,19 @@ def provenance(device: Any, *, tiny: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "command": " ".join(sys.argv[1:]),
     }
+
+
+def _commit() -> str | None:
+    """That of the checkout; None where there is none, or no git to ask."""
+    here = str(Path(__file__).resolve().parent)
+    try:
+        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def main(arguments: list[str]) -> int:

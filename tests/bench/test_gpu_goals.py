@@ -115,6 +115,12 @@ def test_the_command_runs_every_section() -> None:
     assert command.SECTIONS.index("grid") < command.SECTIONS.index("step"), "the last step row patches transformers"
 
 
+def test_results_say_where_they_come_from_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = command.provenance(CPU, tiny=True)
+    assert row["commit"] is None and row["torch"] == torch.__version__
+
+
 def test_some_section_makes_the_row_of_every_goal(tmp_path: Path, stand_in: None) -> None:
     rows = {s: {n: Anything() for n in listed(FULL, s, tmp_path, tiny=False)} for s in MODULES}
     report = goals.report(rows, FULL)
