@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> int:
     modules = {"kernels": checks, "micro": micro, "grid": grid, "step": step, "decode": decode, "memory": memory}
     sizes = TINY if chosen.tiny else FULL
     chosen.out.mkdir(parents=True, exist_ok=True)
+    report = {"provenance": provenance(device, tiny=chosen.tiny)}
     sections = []
     for name in [name for name in SECTIONS if name in (chosen.only or SECTIONS)]:
         sections.append(Section.open(name, chosen.out, SECONDS, fresh=chosen.fresh))
@@ -85,7 +86,6 @@ def main(arguments: list[str]) -> int:
         except DeviceLost as error:
             print(f"the GPU failed, so what is left waits for the next call: {error}", file=sys.stderr)
             break
-    report = {"provenance": provenance(device, tiny=chosen.tiny)}
     report |= {s.name: {"rows": list(s.rows.values()), "left": s.left} for s in sections}
     everything = {name: Section.open(name, chosen.out, SECONDS, fresh=False).rows for name in SECTIONS}
     report["goals"] = goals.report(everything, sizes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftdyno.bench.gpu import attention_others, head_loss, liger
 from peftdyno.bench.gpu.cases import Case, all_cases, pointwise
-from peftdyno.bench.gpu.results import Section
+from peftdyno.bench.gpu.results import Section, lost
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.bench.gpu.timing import Ceilings, ceilings, median_ms
 from peftdyno.engine.errors import first_line
@@ -83,7 +83,7 @@ def _alternative(
     try:
         return _others(name, case, sets, device, tiny=tiny)
     except Exception as error:
-        if "CUDA error" in str(error):
+        if lost(error):
             raise
         return {f"{name}_failed": f"{type(error).__name__}: {first_line(error)}"}
 

@@ -10,11 +10,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peftdyno.engine.errors import first_line
 
 
 class DeviceLost(RuntimeError):
     """The GPU refuses further work of this process."""
+
+
+FATAL = (
+    "illegal memory access", "misaligned address", "illegal instruction", "device-side assert", "launch failure",
+    "launch timed out", "invalid program counter", "address space", "hardware stack error", "tensor memory not",
+    "uncorrectable", "context is destroyed",
+)  # fmt: skip
+"""What the driver says of an error after which every call fails (cudaError_t 214, 220, 700, 702, 709 to 721), however
+PyTorch ("CUDA error: ...") or Triton's launcher ("Triton Error [CUDA]: ...") begins the message."""
+
+
+def lost(error: BaseException) -> bool:
+    """Whether the device refuses further work after an error: by its words, or since it no longer answers at all. Too
+    little memory and too large a launch leave it usable."""
+    text = str(error)
+    if "CUDA" in text and any(words in text for words in FATAL):
+        return True
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @dataclass
@@ -54,10 +80,9 @@ class Section:
         try:
             yield
         except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            lost = "CUDA error" in str(error)
-            self.add(name, ok=False, failed=reason, again=not lost)
-            if lost:
+            reason, dead = f"{type(error).__name__}: {first_line(error)}", lost(error)
+            self.add(name, ok=False, failed=reason, again=not dead)
+            if dead:
                 raise DeviceLost(f"{name}: {reason}") from error
 
     def add(self, name: str, **values: Any) -> None:

@@ -31,7 +31,7 @@ from peftdyno.bench.gpu import (
     step,
 )
 from peftdyno.bench.gpu.goal import at_most, lines, read
-from peftdyno.bench.gpu.results import DeviceLost, Section
+from peftdyno.bench.gpu.results import DeviceLost, Section, lost
 from peftdyno.bench.gpu.sizes import FULL, TINY, Sizes
 from peftdyno.kernels import dispatch
 from peftdyno.kernels.library import PRIMITIVES
@@ -172,10 +172,47 @@ def test_a_row_that_raises_is_kept_and_tried_again(tmp_path: Path) -> None:
     with section.attempt("a"):
         raise ValueError("no such tile\nand more")
     assert section.rows["a"]["ok"] is False and section.rows["a"]["failed"] == "ValueError: no such tile"
-    with pytest.raises(DeviceLost), section.attempt("b"):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert Section.open("micro", tmp_path, 60.0, fresh=False).wants("a")
+
+
+@pytest.mark.parametrize(
+    "speaker", ["CUDA error: {}\nKernel errors might be reported later.", "Triton Error [CUDA]: {}"]
+)
+@pytest.mark.parametrize(
+    "words", ["an illegal memory access was encountered", "device-side assert triggered", "misaligned address",
+              "unspecified launch failure"],
+)  # fmt: skip
+def test_what_loses_the_device_ends_the_section(tmp_path: Path, speaker: str, words: str) -> None:
+    section = Section.open("micro", tmp_path, 60.0, fresh=False)
+    section.add("before", ms=1.0)
+    with pytest.raises(DeviceLost, match=words), section.attempt("guilty"):
+        raise RuntimeError(speaker.format(words))
     again = Section.open("micro", tmp_path, 60.0, fresh=False)
-    assert again.wants("a") and not again.wants("b"), "what ended the process is not tried before --fresh"
+    assert again.rows["guilty"]["ok"] is False and again.rows["before"]["ms"] == 1.0
+    assert not again.wants("guilty") and again.wants("after"), "what ended the process is not tried before --fresh"
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
+     "Triton Error [CUDA]: too many resources requested for launch", "out of resource: shared memory, Required: 9"],
+)  # fmt: skip
+def test_a_device_that_is_too_small_is_not_lost(tmp_path: Path, message: str) -> None:
+    section = Section.open("micro", tmp_path, 60.0, fresh=False)
+    with section.attempt("large"):
+        raise RuntimeError(message)
+    assert section.wants("after") and Section.open("micro", tmp_path, 60.0, fresh=False).wants("large")
+
+
+def test_a_device_that_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: unknown error")
+
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx")
+    assert not lost(error)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert lost(error)
 
 
 def test_a_long_row_waits_for_a_call_with_time_for_it(tmp_path: Path) -> None:
