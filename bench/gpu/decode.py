@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -21,6 +22,8 @@ from peftdyno.engine.pack import Sequence, build_pack
 GRAPH = "decode, batch 1, graph"
 PROMPTS = "classification prompts, shared prefix"
 SAME = "replayed steps give the same tokens"
+REPEATS = 5
+"""Differences of two generations behind a rate."""
 
 
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
@@ -78,7 +81,8 @@ def _prompts(decoder: Decoder, bank: AdapterBank, sizes: Sizes, calls: int) -> d
 
 
 def _seconds_a_token(decoder: Decoder, bank: AdapterBank, prompt: list[Sequence], count: int, graphs: Any) -> float:
-    """Of `count` decoding steps: a long generation less a short one, which pays for prefill and recording too."""
+    """Of `count` decoding steps: a long generation less a short one, which pays for prefill and recording too; the
+    median of several such differences, for a recording takes longer than many steps and never the same time."""
 
     def seconds(new: int) -> float:
         began = time.perf_counter()
@@ -86,5 +90,4 @@ def _seconds_a_token(decoder: Decoder, bank: AdapterBank, prompt: list[Sequence]
         return time.perf_counter() - began
 
     seconds(3)
-    short, long = seconds(2), seconds(count + 2)
-    return (long - short) / count
+    return statistics.median(seconds(count + 2) - seconds(2) for _ in range(REPEATS)) / count
