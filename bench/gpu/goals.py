@@ -176,7 +176,7 @@ def step_goals(sizes: Sizes) -> list[Goal]:
     """Of training steps."""
     lora = settings(sizes)[0].name
     return [
-        *(at_most(f"{name} step over the frozen model's", 1.02, "x", _over_frozen_step(name)) for name in LIGHT),
+        *(at_most(f"{name} step over {FROZEN}", 1.02, "x", _over_frozen_step(name)) for name in LIGHT),
         at_least("LoRA step, share of the matmul ceiling", 0.7, "", read("step", lora, "of_matmul_ceiling")),
         at_least("LoRA step, speed over HF + PEFT", 1.8, "x", _speedup(lora, HF), _hf_note(HF)),
         at_least("LoRA step, speed over HF + PEFT + Liger", 1.4, "x", _speedup(lora, HF_LIGER), _hf_note(HF_LIGER)),

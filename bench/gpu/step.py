@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftdyno.bench.gpu import hf_step, liger, losses, same_bits
 from peftdyno.bench.gpu.micro import measured_ceilings
@@ -31,7 +32,7 @@ from peftdyno.engine.weights import random_weights
 
 STEPS, WARM_UP = 6, 2
 SHORT = "4 short rows"
-FROZEN, HF, HF_LIGER = "frozen forward and input gradient", "HF + PEFT", "HF + PEFT + Liger"
+FROZEN, HF, HF_LIGER = "frozen forward, backward to layer 0's qkv", "HF + PEFT", "HF + PEFT + Liger"
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,39 @@ def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -
     return {"seconds": seconds, "tokens_per_second": pack.num_tokens / seconds, "flops": flops, "peak_bytes": peak}
 
 
+@dataclass
+class Frozen(Decoder):
+    """A decoder whose gradients end at the output of layer 0's first product, as those of a bias or a scale on it do:
+    no gradient of its input, nor of the embedding."""
+
+    first: Tensor | None = None
+
+    def linear(self, site: str, i: int, *arguments: Any) -> Tensor:
+        """The product of a site; the first one of all begins the graph."""
+        y = super().linear(site, i, *arguments)
+        if (site, i) != ("qkv", 0):
+            return y
+        self.first = y.requires_grad_()
+        return self.first
+
+
 def frozen_step(sizes: Sizes, device: torch.device, *, tiny: bool) -> float:
-    """Seconds of the frozen model's forward and input gradient: what a method's step is compared with."""
-    decoder, bank = model(sizes, [Untuned()], device, bordered=False)
+    """Seconds of the frozen model's forward and backward: what a method's step is compared with."""
+    return times(frozen_call(sizes, device), device, 2 if tiny else STEPS)
+
+
+def frozen_call(sizes: Sizes, device: torch.device) -> Callable[[], Tensor]:
+    """Forward and backward; gives the gradient of layer 0's queries, keys and values [N, (H + 2K) d]."""
+    plain, bank = model(sizes, [Untuned()], device, bordered=False)
+    decoder = Frozen(plain.config, plain.weights)
     pack = pack_of(sizes, 1, decoder.config.vocab_size).to(device)
-    decoder.weights.embed.requires_grad_()
 
-    def call() -> None:
+    def call() -> Tensor:
         bank.begin(1, training=True)
-        torch.autograd.grad(decoder.losses(pack, bank).sum(), decoder.weights.embed)
+        losses = decoder.losses(pack, bank)
+        assert decoder.first is not None
+        (gradient,) = torch.autograd.grad(losses.sum(), decoder.first)
+        decoder.first = None
+        return gradient
 
-    return times(call, device, 2 if tiny else STEPS)
+    return call
