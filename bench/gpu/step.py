@@ -129,11 +129,13 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
     release(device)
     same_bits.run(section, sizes, device)
     release(device)
-    for name, patched in ((HF, False), (HF_LIGER, True)):
-        if (not patched or liger.installed()) and section.wants(name, takes=60.0):
-            with section.attempt(name):
-                section.add(name, **hf_step.measure(sizes, device, times, liger=patched, tiny=tiny))
-            release(device)
+    for side, patched in ((HF, False), (HF_LIGER, True)):
+        for name in hf_step.rows(side) if liger.installed() or not patched else ():
+            if section.wants(name, takes=60.0):
+                options = {"liger": patched, "bf16": name.endswith(hf_step.BF16), "tiny": tiny}
+                with section.attempt(name):
+                    section.add(name, **hf_step.measure(sizes, device, times, **options))
+                release(device)
 
 
 def release(device: torch.device) -> None:

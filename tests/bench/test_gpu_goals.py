@@ -23,6 +23,7 @@ from peftdyno.bench.gpu import (
     goals,
     grid,
     head_loss,
+    hf_step,
     liger,
     memory,
     micro,
@@ -52,6 +53,9 @@ class Anything(dict[str, Any]):
 
     def __contains__(self, key: object) -> bool:
         return True
+
+    def get(self, key: str, default: Any = None) -> float:
+        return self[key]
 
 
 class Listing(Section):
@@ -165,6 +169,29 @@ def test_a_goal_ends_with_a_verdict_where_figures_count() -> None:
     verdicts = [line.split("  ")[-1].strip() for line in lines(report, counts=True)]
     assert verdicts == ["met", "not met", "not measured"]
     assert "not met" not in "".join(lines(report, counts=False))
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "speedup", "said"), [(100, 125, 1.6, "bf16"), (125, 100, 1.6, "fp32")])
+def test_the_faster_of_pefts_adapters_counts(fp32: int, bf16: int, speedup: float, said: str) -> None:
+    ours, theirs = step.settings(FULL)[0].name, dict(zip(hf_step.rows(step.HF), (fp32, bf16), strict=True))
+    rows = {name: {"tokens_per_second": speed, "at_once": 2} for name, speed in {ours: 200, **theirs}.items()}
+
+    def goal() -> dict[str, Any]:
+        (found,) = (g for g in goals.report({"step": rows}, FULL) if g["goal"] == "LoRA step, speed over HF + PEFT")
+        return found
+
+    assert goal()["figure"] == speedup and goal()["met"] is False and f"{said} adapters" in goal()["note"]
+    rows[hf_step.rows(step.HF)[1]] = {"ok": False}
+    assert goal()["figure"] == 200 / fp32 and "fp32 adapters" in goal()["note"], "it failed, so the other counts"
+    del rows[hf_step.rows(step.HF)[1]]
+    assert goal()["figure"] is None, "not tried yet"
+
+
+def test_pefts_adapters_are_of_the_dtype_asked_for() -> None:
+    pytest.importorskip("peft")
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        tuned = hf_step.with_lora(hf_step.base_model(TINY, CPU).bfloat16(), TINY, bf16=bf16)
+        assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {dtype}
 
 
 def test_a_row_that_raises_is_kept_and_tried_again(tmp_path: Path) -> None:
