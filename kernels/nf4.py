@@ -151,6 +151,7 @@ ABSMAX = primitive(
     shape=lambda codes, absmax, offsets, sizes: absmax.new_empty(codes.shape[0]),
     cost=absmax_cost,
     **({"cpu": absmax_compiled} if cpu.implementations("nf4_absmax") else {}),
+    **triton.implementations("nf4_absmax"),
 )
 
 

@@ -31,6 +31,7 @@ OPERATORS = {
     "lora_linear_up": "lora_linear.up",
     "lora_terms_": "lora_linear.add",
     "lora_terms_backward_": "lora_linear.add_backward",
+    "nf4_absmax": "nf4.absmax",
     "nf4_dequantise": "nf4.dequantise",
     "nf4_linear": "nf4_gemm.forward",
     "nf4_linear_backward": "nf4_gemm.backward",

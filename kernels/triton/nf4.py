@@ -1,6 +1,11 @@
-"""4-bit NormalFloat weights dequantised on a GPU: a byte gives two neighbours, each times its block's maximum."""
+"""4-bit NormalFloat weights dequantised on a GPU: a byte gives two neighbours, each times its block's maximum.
+
+With double quantisation the maxima are 8-bit codes themselves, dequantised by a launch a module.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -37,6 +42,31 @@ def dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: to
     return out
 
 
+@triton.jit
+def _absmax(codes, absmax, offset, book, out, count, NESTED: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    value = tl.load(book + tl.load(codes + at, mask=inside, other=0).to(tl.int32))
+    scale = tl.load(absmax + at // NESTED, mask=inside, other=0.0)
+    tl.store(out + at, value * scale + tl.load(offset), mask=inside)
+
+
+def absmax(codes: Tensor, absmax: Tensor, offsets: Tensor, sizes: Sequence[int]) -> Tensor:
+    """fp32 [sum of sizes] absolute maxima of the blocks of every module, the reference's to the bit."""
+    from peftdyno.kernels.nf4 import NESTED_BLOCK, dynamic_codes
+
+    out, book = absmax.new_empty(codes.shape[0]), dynamic_codes(codes.device)
+    start = first = 0
+    for module, count in enumerate(sizes):
+        if count:
+            _absmax[(triton.cdiv(count, 1024),)](
+                codes[start:], absmax[first:], offsets[module:], book, out[start:], count,
+                NESTED=NESTED_BLOCK, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+        start, first = start + count, first + triton.cdiv(count, NESTED_BLOCK)
+    return out
+
+
 COMPILED = [
     Compiled(
         "nf4_dequantise",
@@ -44,5 +74,12 @@ COMPILED = [
         {"codes": "*u8", "absmax": "*fp32", "book": "*fp32", "out": "*bf16", "num_bytes": "i32"},
         {"BLOCK": 1024},
         limits=Limits(registers=64, shared=8192),
-    )
+    ),
+    Compiled(
+        "nf4_absmax",
+        _absmax,
+        {"codes": "*u8", "absmax": "*fp32", "offset": "*fp32", "book": "*fp32", "out": "*fp32", "count": "i32"},
+        {"NESTED": 256, "BLOCK": 1024},
+        limits=Limits(registers=64, shared=8192),
+    ),
 ]

@@ -68,6 +68,23 @@ def test_nf4_of_more_elements_than_32_bits_count(device: Any) -> None:
     assert torch.equal(out, nf4.reference_dequantise(codes, absmax, 1, 2048, torch.float32)[0])
 
 
+@pytest.mark.parametrize("sizes", [[1], [255, 1, 0, 300], [1024, 1, 2049]])
+def test_nested_absmax_gives_the_same_bits(sizes: list[int], device: Any) -> None:
+    """Modules that end within a block of the second level, beside one that is empty."""
+    blocks = sum(-(-size // nf4.NESTED_BLOCK) for size in sizes)
+    codes = torch.randint(256, (sum(sizes),), dtype=torch.uint8, device=device)
+    arguments = (codes, torch.rand(blocks, device=device), torch.randn(len(sizes), device=device), sizes)
+    assert torch.equal(load("nf4_absmax")(*arguments), nf4.reference_absmax(*arguments))
+
+
+def test_an_explicit_choice_of_triton_serves_double_quantisation(device: Any, triton_kernels: None) -> None:
+    weight = nf4.stacked([nf4.quantise(torch.randn(n, 64, device=device), nested=True) for n in (300, 1)])
+    assert isinstance(weight.absmax, nf4.NestedAbsmax)
+    scales = weight.absmax
+    expected = nf4.reference_absmax(scales.codes, scales.absmax, scales.offsets, list(scales.sizes))
+    assert torch.equal(weight.dense(), nf4.reference_dequantise(weight.codes, expected, *weight.shape, weight.dtype))
+
+
 @pytest.mark.parametrize(("rows", "columns", "out"), [(1, 64, 1), (19, 96, 130)])
 def test_products_that_dequantise_on_the_way(
     rows: int, columns: int, out: int, dtype: torch.dtype, device: Any

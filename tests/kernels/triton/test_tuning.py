@@ -1,13 +1,13 @@
 """Tiles and forms: shipped for every architecture, overridden by what was measured, and never trusted unread."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peftdyno.kernels import dispatch, tuning
+from peftdyno.kernels import tuning
 from peftdyno.kernels.triton import tune
 from peftdyno.kernels.triton.tune_subjects import FormSubject, Product, Subject, TuneSizes, form_subjects, subjects
 from peftdyno.kernels.tuning import Tile
@@ -66,14 +66,6 @@ def test_every_tile_has_a_subject(device: torch.device) -> None:
     for kernel, tiles in tuning.SHIPPED.items():
         found = tune.neighbours(tiles[90])
         assert tiles[90] not in found and len(set(found)) == len(found) > 4, kernel
-
-
-@pytest.fixture
-def triton_kernels() -> Iterator[None]:
-    before = dispatch.current()
-    dispatch.use("triton")
-    yield
-    dispatch.use(before)
 
 
 def test_every_form_has_a_subject_whose_forms_agree(device: torch.device, triton_kernels: None) -> None:
