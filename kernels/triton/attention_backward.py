@@ -369,4 +369,12 @@ COMPILED = [
     _case(
         "attention dk dv, window and softcap", _key_gradient, "attention_dk/256", WINDOW=1024, CAP=True, SHARED=False
     ),
+    Compiled(
+        "attention dk dv, shared keys",
+        _sum_keys,
+        types("partial_k partial_v dk dv dprefix_k dprefix_v parts num_keys dk_stride prefix_stride"),
+        {"D": 128, "WIDTH": 128, "BLOCK": 64, "PREFIX": True},
+        num_warps=8,
+        limits=Limits(registers=168),
+    ),
 ]

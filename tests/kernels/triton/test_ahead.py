@@ -1,10 +1,15 @@
 """Kernels compiled without a GPU, held to their limits; `make aot` compiles all of them for every architecture."""
 
+import ast
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
+from peftdyno import kernels
+from peftdyno.kernels.library import PRIMITIVES
 from peftdyno.kernels.triton import OPERATORS, ahead
 
 
@@ -43,9 +48,24 @@ def test_flat_parameters_are_addressed_in_64_bits() -> None:
     assert all("xi64>" in line for line in offsets), offsets
 
 
-def test_every_operator_is_compiled_ahead() -> None:
-    modules = {place.split(".")[0] for place in OPERATORS.values()}
-    lists = {*ahead.MODULES, "linear", "lora_linear"}
-    assert modules <= lists, "linear is the library's own; lora_linear is made of low_rank and skinny"
+def test_every_operator_has_a_kernel() -> None:
+    for module in pkgutil.iter_modules(kernels.__path__, "peftdyno.kernels."):
+        importlib.import_module(module.name)
+    assert set(OPERATORS) == set(PRIMITIVES), "an explicit choice of Triton never falls back"
+
+
+def test_every_launched_kernel_is_compiled_ahead() -> None:
+    """What host code launches by `kernel[grid](...)`, which is all there is."""
     folder = Path(ahead.__file__).parent
-    assert all((folder / f"{name}.py").exists() for name in ahead.MODULES)
+    launched = {(file.stem, name) for file in folder.glob("*.py") for name in launches(ast.parse(file.read_text()))}
+    listed = {(case.kernel.fn.__module__.split(".")[-1], case.kernel.fn.__name__) for case in ahead.cases()}
+    assert listed == launched and len(listed) > 20
+
+
+def launches(tree: ast.Module) -> set[str]:
+    """Names of a module's own functions that are called with a grid."""
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls = [
+        node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    return {call.value.id for call in calls if isinstance(call.value, ast.Name)} & own
