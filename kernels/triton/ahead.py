@@ -113,11 +113,12 @@ def measure(case: Compiled, arch: int) -> Usage:
     shared, limits = kernel.metadata.shared, case.limits
     most_spills = limits.spills_sm_100 if arch == 100 else limits.spills
     most_shared = min(limits.shared, 99 * 1024) if arch == 80 else limits.shared
+    expected = limits.matrix.get(arch, "")
     checks = {
         f"registers > {limits.registers}": registers > limits.registers,
         f"spills > {most_spills}": spills > most_spills,
         f"shared > {most_shared}": shared > most_shared,
-        "no tensor cores": limits.matrix and not matrix,
+        f"{matrix or 'no tensor cores'} instead of {expected or 'none'}": matrix != expected,
     }
     return Usage(case.name, arch, registers, spills, shared, matrix, tuple(n for n, bad in checks.items() if bad))
 

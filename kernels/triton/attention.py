@@ -24,7 +24,7 @@ from peftdyno.kernels.triton.attention_tables import (
     replayed,
     roomy_query_tiles,
 )
-from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.triton.compiled import NARROW, WIDE, Compiled, Limits
 from peftdyno.kernels.tuning import Tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -310,7 +310,8 @@ def _case(name: str, d: int, kind: str = "", store: str = "*bf16", **options: An
     constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32"}
     constants |= {"WINDOW": 0, "CAP": False, "PREFIX": False, "SPLIT": False} | options
     spills = 96 if d == 256 else 0  # smaller tiles would not use Hopper's wide products
-    limits = Limits(registers=255, spills=spills, spills_sm_100=64, matrix=True)
+    matrix = NARROW if kind == "decode" else WIDE
+    limits = Limits(registers=255, spills=spills, spills_sm_100=64, matrix=matrix)
     return Compiled(name, _forward, types(_FORWARD, store), constants, limits=limits, tile=f"attention/{kind or d}")
 
 

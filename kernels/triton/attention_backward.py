@@ -7,6 +7,7 @@ sums that a third launch adds in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from peftdyno.kernels.triton.attention_tables import (
     roomy_key_tiles,
     roomy_query_tiles,
 )
-from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.triton.compiled import NARROW, WIDE, Compiled, Limits
 from peftdyno.kernels.tuning import Tile
 
 MOST_ROWS = 16384
@@ -350,10 +351,14 @@ _KEY = (
 )
 
 
-def _case(name: str, kernel: Any, tile: str, **options: Any) -> Compiled:
+_LOW = NARROW | {100: "UTCHMMA"}
+"""Of dq where heads are 256 wide: 32 rows are too few for Hopper's wide products, not for Blackwell's."""
+
+
+def _case(name: str, kernel: Any, tile: str, matrix: Mapping[int, str] = WIDE, **options: Any) -> Compiled:
     d = int(tile.split("/")[1])
     constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32", "WINDOW": 0, "CAP": False, "PREFIX": False} | options
-    limits = Limits(registers=255, spills_sm_100=64, matrix=True)
+    limits = Limits(registers=255, spills_sm_100=64, matrix=matrix)
     return Compiled(
         name, kernel, types(_QUERY if kernel is _query_gradient else _KEY), constants, limits=limits, tile=tile
     )
@@ -362,12 +367,18 @@ def _case(name: str, kernel: Any, tile: str, **options: Any) -> Compiled:
 COMPILED = [
     _case("attention dq", _query_gradient, "attention_dq/128"),
     _case("attention dq, 64 wide, prefix", _query_gradient, "attention_dq/64", PREFIX=True),
-    _case("attention dq, window and softcap", _query_gradient, "attention_dq/256", WINDOW=1024, CAP=True),
+    _case("attention dq, window and softcap", _query_gradient, "attention_dq/256", _LOW, WINDOW=1024, CAP=True),
     _case("attention dk dv", _key_gradient, "attention_dk/128", SHARED=False),
     _case("attention dk dv, prefix", _key_gradient, "attention_dk/128", PREFIX=True, SHARED=True),
     _case("attention dk dv, 64 wide", _key_gradient, "attention_dk/64", SHARED=True),
     _case(
-        "attention dk dv, window and softcap", _key_gradient, "attention_dk/256", WINDOW=1024, CAP=True, SHARED=False
+        "attention dk dv, window and softcap",
+        _key_gradient,
+        "attention_dk/256",
+        NARROW,
+        WINDOW=1024,
+        CAP=True,
+        SHARED=False,
     ),
     Compiled(
         "attention dk dv, shared keys",

@@ -5,15 +5,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftdyno.kernels.tuning import SHIPPED
 
+NARROW = {80: "HMMA", 90: "HMMA", 100: "HMMA"}
+"""Architecture -> the only tensor-core instructions of a kernel whose tiles are too low, or whose operands come from
+registers, for the wide ones of Hopper and Blackwell."""
+WIDE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+"""Of a kernel that runs at the rate of each generation; to lose them would show in no other limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Most registers a thread, spilled bytes and bytes of shared memory; `matrix`: tensor cores must be used."""
+    """Most registers a thread, spilled bytes and bytes of shared memory; `matrix`: its tensor-core instructions."""
 
     registers: int = 128
     spills: int = 0
@@ -21,7 +28,7 @@ class Limits:
     """Accumulators lie in tensor memory there and pass through registers; no GPU of the kind was at hand."""
     shared: int = 227 * 1024
     """On sm_80 it is 99 KB in any case, which its smaller sisters (sm_86, sm_89) have."""
-    matrix: bool = False
+    matrix: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

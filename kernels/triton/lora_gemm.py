@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.triton.compiled import WIDE, Compiled, Limits
 
 DEPTH, GROUP = 64, 8
 
@@ -96,7 +96,7 @@ def _case(name: str, tile: str, weight: str, factor: str, *, backward: bool) -> 
     }  # fmt: skip
     constants = {"DEPTH": DEPTH, "NARROW": 16, "GROUP": GROUP, "PRECISION": "tf32"}
     constants |= {"BACKWARD": backward, "BIAS": not backward}
-    limits = Limits(registers=255, matrix=True)
+    limits = Limits(registers=255, matrix=WIDE)
     return Compiled(name, _product, signature, constants, limits=limits, tile=tile, sizes=("ROWS", "COLUMNS"))
 
 

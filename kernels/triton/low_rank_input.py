@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.triton.compiled import NARROW, Compiled, Limits
 from peftdyno.kernels.triton.dropout import keep
 from peftdyno.kernels.triton.glu import activation as activate
 from peftdyno.kernels.triton.low_rank import FIELDS, Modules, modules_of, pack
@@ -250,7 +250,7 @@ def _case(name: str, kernel: object, tile: str, arguments: str, **options: objec
     known |= dict.fromkeys(("eps", "offset", "kept"), "fp32")
     types = {argument: known.get(argument, "i32") for argument in arguments.split()}
     constants = {"RANKS": 64, "PRECISION": "tf32"} | options
-    limits = Limits(registers=255, matrix=True)
+    limits = Limits(registers=255, matrix=NARROW)
     return Compiled(name, kernel, types, constants, limits=limits, tile=tile, sizes=("ROWS", "BLOCK"))
 
 

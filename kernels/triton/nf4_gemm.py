@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.triton.compiled import NARROW, Compiled, Limits
 
 BLOCK_BYTES = tl.constexpr(32)
 """Bytes of codes that share one absolute maximum: 64 elements (Dettmers et al. 2023)."""
@@ -128,7 +128,7 @@ def _case(name: str, kernel: object, arguments: str, **options: object) -> Compi
         kernel,
         _types(arguments),
         {"DEPTH": DEPTH, "PRECISION": "tf32"} | options,
-        limits=Limits(registers=255, matrix=True),
+        limits=Limits(registers=255, matrix=NARROW),
         tile=name,
         sizes=("ROWS", "COLUMNS"),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.random import threshold
-from peftdyno.kernels.triton.compiled import Compiled, Limits
+from peftdyno.kernels.triton.compiled import NARROW, WIDE, Compiled, Limits
 from peftdyno.kernels.triton.dropout import keep
 from peftdyno.kernels.triton.low_rank import Modules, field
 from peftdyno.kernels.triton.row_chunks import row_chunks, sum_chunks
@@ -267,9 +267,9 @@ def _cases() -> list[Compiled]:
         dx="*bf16", du="*bf16", down="*bf16",
     )  # fmt: skip
     shared = {"RANK": 16, "ALIGNED": True, "PRECISION": "tf32"}
-    limits = Limits(registers=200, matrix=True)
 
     def case(name: str, kernel: Any, types: dict[str, str], tile: str, **options: Any) -> Compiled:
+        limits = Limits(registers=200, matrix=WIDE if kernel is _add_masked else NARROW)
         return Compiled(name, kernel, types, shared | options, limits=limits, tile=tile, sizes=("TOKENS", "BLOCK"))
 
     return [

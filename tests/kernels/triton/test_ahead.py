@@ -13,29 +13,39 @@ from peftdyno.kernels.library import PRIMITIVES
 from peftdyno.kernels.triton import OPERATORS, ahead
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, in a process that compiles instead of interpreting."""
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process that compiles instead of interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", "-m", "peftdyno.kernels.triton.ahead", *arguments]
+    command = [sys.executable, "-P", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_a_kernel_holds_its_limits_on_hopper() -> None:
-    result = run("--arch", "90", "--only", "lora: dB")
+    result = python("-m", "peftdyno.kernels.triton.ahead", "--arch", "90", "--only", "lora: dB")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "MMA" in result.stdout
 
 
 def test_a_broken_limit_is_found() -> None:
     code = (
-        "from dataclasses import replace; from peftdyno.kernels.triton import ahead, rotary\n"
-        "from peftdyno.kernels.triton.compiled import Limits\n"
-        "case = replace(rotary.COMPILED[0], limits=Limits(registers=8, matrix=True))\n"
-        "print(ahead.measure(case, 90).broken)"
+        "from dataclasses import replace; from peftdyno.kernels.triton import ahead, compiled, rotary\n"
+        "limits = compiled.Limits(registers=8, matrix=compiled.WIDE)\n"
+        "print(ahead.measure(replace(rotary.COMPILED[0], limits=limits), 90).broken)"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
-    assert "registers > 8" in result.stdout and "no tensor cores" in result.stdout, result.stderr
+    found = python("-c", code)
+    assert "registers > 8" in found.stdout and "no tensor cores instead of HGMMA" in found.stdout, found.stderr
+
+
+def test_a_fall_to_narrow_products_is_found() -> None:
+    """Too few rows for Hopper's wide products, which nothing else would tell."""
+    code = (
+        "from dataclasses import replace; from peftdyno.kernels.triton import ahead, skinny\n"
+        "case = next(case for case in skinny.COMPILED if case.name == 'lora: masked dx')\n"
+        "low = replace(case, tile='', constants=case.constants | {'TOKENS': 32, 'BLOCK': 128}, num_warps=4)\n"
+        "print(ahead.measure(case, 90).broken, ahead.measure(low, 90).broken)"
+    )
+    found = python("-c", code)
+    assert found.stdout.strip() == "() ('HMMA instead of HGMMA',)", found.stdout + found.stderr
 
 
 def test_flat_parameters_are_addressed_in_64_bits() -> None:
