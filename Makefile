@@ -72,7 +72,7 @@ compilers: $(READY)
 golden: $(READY)
 	PEFTDYNO_GOLDEN=write $(BIN)/pytest tests/test_tiny.py
 
-# Every Triton kernel compiled for sm_80, sm_90 and sm_100 without a GPU: registers, spills, shared memory, limits.
+# Every Triton kernel compiled for sm_80 to sm_120 without a GPU: registers, spills, shared memory, limits.
 # TRITON=3.6 compiles with that version instead, kept beside the environment.
 aot: $(READY) $(TRITON_AT)
 ifdef TRITON

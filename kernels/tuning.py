@@ -105,11 +105,17 @@ def trial_form(operator: str, form: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> int:
-    """The newest shipped architecture that the device's is not older than; sm_90 in the interpreter."""
+    """The architecture whose shipped tiles a device takes; sm_90's in the interpreter."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
-    return max((arch for arch in (80, 90, 100) if arch <= 10 * major + minor), default=80)
+    return shipped_for(10 * major + minor)
+
+
+def shipped_for(arch: int) -> int:
+    """sm_90 and 10.x have their own tiles; all others take those of sm_80, which fit the 99 KB of shared memory that
+    sm_86, sm_89 and sm_12x have and use no instruction that only a data centre's GPU has."""
+    return {9: 90, 10: 100}.get(arch // 10, 80)
 
 
 def tile(kernel: str, device: torch.device) -> Tile:

@@ -1,6 +1,7 @@
-"""Compile every kernel for sm_80, sm_90 and sm_100 without a GPU, and hold what it uses to its limits.
+"""Compile every kernel for five generations of GPUs without having one, and hold what it uses to its limits.
 
-Run `python -m peftdyno.kernels.triton.ahead [--arch 90] [--only NAME] [--json FILE]`; exits with 1 where one is broken.
+sm_89 and sm_120 stand for the consumers' GPUs, which take sm_80's tiles: they must fit 99 KB of shared memory. Run
+`python -m peftdyno.kernels.triton.ahead [--arch 90] [--only NAME] [--json FILE]`; exits with 1 where one is broken.
 Tensor-core instructions are read off the machine code: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell).
 """
 
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peftdyno.kernels.triton.compiled import Compiled
+from peftdyno.kernels.tuning import shipped_for
 
 MODULES = (
     "row_chunks",
@@ -42,7 +44,11 @@ MODULES = (
     "attention",
     "attention_backward",
 )
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 89, 90, 100, 120)
+SMALL = 99 * 1024
+"""Bytes of shared memory that sm_80's tiles may take: what a program has on consumers' GPUs."""
+TRADED = 8
+"""Bytes that the assembler spills of its own accord on sm_89 and sm_120, for more programs at a time."""
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA)\b")
 
 
@@ -107,13 +113,13 @@ def _resources(machine_code: bytes) -> tuple[int, int, str]:
 
 def measure(case: Compiled, arch: int) -> Usage:
     """What the kernel uses, against its limits."""
-    case = case.on(arch)
+    tiles, case = shipped_for(arch), case.on(shipped_for(arch))
     kernel = compiled(case, arch)
     registers, spills, matrix = _resources(kernel.asm["cubin"])
     shared, limits = kernel.metadata.shared, case.limits
-    most_spills = limits.spills_sm_100 if arch == 100 else limits.spills
-    most_shared = min(limits.shared, 99 * 1024) if arch == 80 else limits.shared
-    expected = limits.matrix.get(arch, "")
+    most_spills = limits.spills_sm_100 if tiles == 100 else limits.spills if arch == tiles else limits.spills + TRADED
+    most_shared = min(limits.shared, SMALL) if tiles == 80 else limits.shared
+    expected = limits.matrix.get(tiles, "")
     checks = {
         f"registers > {limits.registers}": registers > limits.registers,
         f"spills > {most_spills}": spills > most_spills,

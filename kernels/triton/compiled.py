@@ -27,7 +27,7 @@ class Limits:
     spills_sm_100: int = 0
     """Accumulators lie in tensor memory there and pass through registers; no GPU of the kind was at hand."""
     shared: int = 227 * 1024
-    """On sm_80 it is 99 KB in any case, which its smaller sisters (sm_86, sm_89) have."""
+    """With sm_80's tiles it is 99 KB in any case, which is what consumers' GPUs have."""
     matrix: Mapping[int, str] = field(default_factory=dict)
 
 

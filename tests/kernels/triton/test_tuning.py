@@ -25,6 +25,26 @@ def test_every_kernel_ships_a_tile_for_every_architecture() -> None:
             assert tile.rows & (tile.rows - 1) == tile.columns & (tile.columns - 1) == 0, (kernel, tile)
 
 
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), 80),
+        ((8, 6), 80),
+        ((8, 9), 80),
+        ((9, 0), 90),
+        ((10, 0), 100),
+        ((10, 3), 100),
+        ((12, 0), 80),
+        ((12, 1), 80),
+    ],
+)
+def test_gpus_with_little_shared_memory_take_the_smallest_tiles(
+    capability: tuple[int, int], arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tuning.architecture(torch.device("cuda")) == arch
+
+
 def test_a_trial_ends() -> None:
     tile = Tile(16, 16, 4, 1)
     with tuning.trial("lora_add", tile), tuning.trial_form("lora_linear", "plain"):
