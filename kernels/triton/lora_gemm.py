@@ -88,21 +88,26 @@ def _launch(
     return y
 
 
-def _case(name: str, tile: str, weight: str, factor: str, *, backward: bool) -> Compiled:
+def _case(name: str, tile: str, weight: str, factor: str, *, narrow: int, backward: bool) -> Compiled:
     signature = {
         "x": "tensordesc<bf16[{ROWS},{DEPTH}]>", "weight": f"tensordesc<bf16[{weight}]>",
         "u": "tensordesc<bf16[{ROWS},{NARROW}]>", "factor": f"tensordesc<bf16[{factor}]>", "bias": "*bf16",
         "y": "tensordesc<bf16[{ROWS},{COLUMNS}]>", "num_rows": "i32", "num_columns": "i32", "K": "i32", "P": "i32",
     }  # fmt: skip
-    constants = {"DEPTH": DEPTH, "NARROW": 16, "GROUP": GROUP, "PRECISION": "tf32"}
+    constants = {"DEPTH": DEPTH, "NARROW": narrow, "GROUP": GROUP, "PRECISION": "tf32"}
     constants |= {"BACKWARD": backward, "BIAS": not backward}
     limits = Limits(registers=255, matrix=WIDE)
     return Compiled(name, _product, signature, constants, limits=limits, tile=tile, sizes=("ROWS", "COLUMNS"))
 
 
-COMPILED = [
-    _case("lora: fused product", "lora_gemm", "{COLUMNS},{DEPTH}", "{COLUMNS},{NARROW}", backward=False),
-    _case(
-        "lora: fused product, backward", "lora_gemm_backward", "{DEPTH},{COLUMNS}", "{NARROW},{COLUMNS}", backward=True
-    ),
-]
+def _cases(narrow: int) -> list[Compiled]:
+    """Of `narrow` ranks at a time."""
+    forward, backward = ("{COLUMNS},{DEPTH}", "{COLUMNS},{NARROW}"), ("{DEPTH},{COLUMNS}", "{NARROW},{COLUMNS}")
+    name = f"lora: fused product, {narrow} ranks"
+    return [
+        _case(name, "lora_gemm", *forward, narrow=narrow, backward=False),
+        _case(f"{name}, backward", "lora_gemm_backward", *backward, narrow=narrow, backward=True),
+    ]
+
+
+COMPILED = _cases(16) + _cases(64)

@@ -98,7 +98,7 @@ def _pack_up(
     b, scaling, up, out, first, last, rank, num_runs, b_stride, stride, P0, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     run, r = columns // rank, columns % rank
     inside = columns < num_runs * rank
     mine = (rows >= first) & (rows < last)
@@ -126,9 +126,9 @@ def pack(a: Sequence[Tensor], b: Sequence[Tensor], modules: Modules, down: Tenso
                 _dense(a[m]), down, columns, rank, a[m].stride(0), down.stride(0), p0, BLOCK=block
             )
         if up is not None:
-            block = triton.next_power_of_2(count)
-            rows = max(1, 1024 // block)
-            _pack_up[(triton.cdiv(up.shape[0], rows),)](
+            block = min(1024, triton.next_power_of_2(count))
+            rows = 1024 // block
+            _pack_up[(triton.cdiv(up.shape[0], rows), triton.cdiv(count, block))](
                 _dense(b[m]), modules.scaling[m * modules.num_runs :], up, up.shape[0], first, last, rank,
                 modules.num_runs, b[m].stride(0), up.stride(0), p0, ROWS=rows, BLOCK=block,
             )  # fmt: skip
@@ -149,11 +149,14 @@ COMPILED = [
         {"BLOCK": 1024},
         limits=Limits(registers=64, shared=0),
     ),
-    Compiled(
-        "lora: pack B",
-        _pack_up,
-        dict.fromkeys(_PACK_UP.split(), "i32") | {"b": "*fp32", "scaling": "*fp32", "up": "*bf16"},
-        {"ROWS": 64, "BLOCK": 16},
-        limits=Limits(registers=64, shared=8192),
+    *(
+        Compiled(
+            f"lora: pack B, {columns} columns",
+            _pack_up,
+            dict.fromkeys(_PACK_UP.split(), "i32") | {"b": "*fp32", "scaling": "*fp32", "up": "*bf16"},
+            {"ROWS": 1024 // columns, "BLOCK": columns},
+            limits=Limits(registers=64, shared=8192),
+        )
+        for columns in (16, 1024)
     ),
 ]

@@ -244,14 +244,16 @@ def _width(modules: Modules) -> int:
     return max(16, width)
 
 
-def _case(name: str, kernel: object, tile: str, arguments: str, **options: object) -> Compiled:
+def _case(name: str, ranks: int, kernel: object, tile: str, arguments: str, **options: object) -> Compiled:
     known = {"table": "*i32", "modules": "*i32", "streams": "*i64", "keys": "*i64", "rstd": "*fp32"}
     known |= dict.fromkeys(("x", "residual", "weight", "y", "h", "factor", "narrow", "gate_up"), "*bf16")
     known |= dict.fromkeys(("eps", "offset", "kept"), "fp32")
     types = {argument: known.get(argument, "i32") for argument in arguments.split()}
-    constants = {"RANKS": 64, "PRECISION": "tf32"} | options
+    constants = {"RANKS": ranks, "PRECISION": "tf32"} | options
     limits = Limits(registers=255, matrix=NARROW)
-    return Compiled(name, kernel, types, constants, limits=limits, tile=tile, sizes=("ROWS", "BLOCK"))
+    return Compiled(
+        f"{name}, {ranks} ranks", kernel, types, constants, limits=limits, tile=tile, sizes=("ROWS", "BLOCK")
+    )
 
 
 _NORM = (
@@ -263,8 +265,12 @@ _GLU = (
     " num_runs limit kept"
 )
 COMPILED = [
-    _case("rms_norm and x A^T, dropout", _norm, "rms_norm_down", _NORM, ADD=True, DROP=True),
-    _case("rms_norm and x A^T", _norm, "rms_norm_down", _NORM, ADD=True, DROP=False),
-    _case("glu and x A^T, dropout", _glu, "glu_down", _GLU, SILU=True, DROP=True),
-    _case("glu and x A^T", _glu, "glu_down", _GLU, SILU=True, DROP=False),
+    case
+    for ranks in (16, 64)
+    for case in (
+        _case("rms_norm and x A^T, dropout", ranks, _norm, "rms_norm_down", _NORM, ADD=True, DROP=True),
+        _case("rms_norm and x A^T", ranks, _norm, "rms_norm_down", _NORM, ADD=True, DROP=False),
+        _case("glu and x A^T, dropout", ranks, _glu, "glu_down", _GLU, SILU=True, DROP=True),
+        _case("glu and x A^T", ranks, _glu, "glu_down", _GLU, SILU=True, DROP=False),
+    )
 ]

@@ -1,5 +1,6 @@
 """Products of token rows with low-rank factors: x A^T and dy B (long sums), dA and dB (sums over tokens), and the
-masked term of dx. One launch serves all modules and runs; sums over tokens are finished in a second one.
+masked term of dx. One launch serves all modules and runs; sums over tokens are finished in a second one. Ranks are
+multiplied in pieces, so that the tiles hold whatever the rank.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from peftdyno.kernels.triton.row_chunks import row_chunks, sum_chunks
 
 OUTER_CHUNK = 1024
 """Tokens over which one program sums dA or dB."""
+PROJECT_PIECE, PIECE = 128, 64
+"""Ranks that are multiplied at a time: more would spill. A projection reads its rows again for each piece, so it takes
+as many as it can."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,14 @@ class Dropout:
 def _project(
     source, factor, narrow, wide, table, modules, streams, keys, K, source_stride, factor_p, factor_k,
     narrow_stride, wide_stride, num_runs, limit, kept,
-    OWN_COLUMNS: tl.constexpr, DROP: tl.constexpr, WIDE: tl.constexpr, RANK: tl.constexpr,
+    OWN_COLUMNS: tl.constexpr, DROP: tl.constexpr, WIDE: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, chunk = tl.program_id(0), tl.program_id(1)
+    m, chunk = tl.program_id(0) // PIECES, tl.program_id(1)
     start, stop = tl.load(table + 3 * chunk), tl.load(table + 3 * chunk + 1)
     run = tl.load(table + 3 * chunk + 2)
     rank, p0 = field(modules, m, 0, ALIGNED), field(modules, m, 2, ALIGNED)
-    rows, r = start + tl.arange(0, TOKENS), tl.arange(0, RANK)
+    rows, r = start + tl.arange(0, TOKENS), tl.program_id(0) % PIECES * RANK + tl.arange(0, RANK)
     row = rows.to(tl.int64)[:, None]
     here = (rows < stop)[:, None]
     if OWN_COLUMNS:
@@ -91,15 +95,15 @@ def _project(
 def _outer(
     left, right, partials, table, modules, streams, keys, factors, K, left_stride, right_stride, width,
     num_runs, limit,
-    OF_B: tl.constexpr, DROP: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    OF_B: tl.constexpr, DROP: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, chunk = tl.program_id(1), tl.program_id(2)
+    m, chunk = tl.program_id(1) // PIECES, tl.program_id(2)
     start, stop = tl.load(table + 3 * chunk), tl.load(table + 3 * chunk + 1)
     run = tl.load(table + 3 * chunk + 2)
     rank, u0 = field(modules, m, 0, ALIGNED), field(modules, m, 1, ALIGNED)
-    c0, r = tl.program_id(0) * BLOCK, tl.arange(0, RANK)
-    c = c0 + tl.arange(0, BLOCK)
+    c0, r0 = tl.program_id(0) * BLOCK, tl.program_id(1) % PIECES * RANK
+    c, r = c0 + tl.arange(0, BLOCK), r0 + tl.arange(0, RANK)
     partials += chunk.to(tl.int64) * width
     if OF_B:
         first = field(modules, m, 3, ALIGNED)
@@ -109,7 +113,7 @@ def _outer(
     else:
         length = K
         at = partials + u0.to(tl.int64) * K + r[:, None].to(tl.int64) * K + c[None, :]
-    if c0 < length:
+    if (c0 < length) & (r0 < rank):
         total = tl.zeros([RANK, BLOCK], tl.float32)
         if DROP:
             key = tl.load(keys + m * num_runs + run)
@@ -138,23 +142,27 @@ def _outer(
 def _add_masked(
     dx, du, down, table, modules, streams, keys, K, num_modules, num_runs, dx_stride, du_stride, down_stride,
     limit, kept,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    RANK: tl.constexpr, PIECES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk, c0 = tl.program_id(1), tl.program_id(0) * BLOCK
     start, stop = tl.load(table + 3 * chunk), tl.load(table + 3 * chunk + 1)
     run = tl.load(table + 3 * chunk + 2)
-    rows, c, r = start + tl.arange(0, TOKENS), c0 + tl.arange(0, BLOCK), tl.arange(0, RANK)
+    rows, c = start + tl.arange(0, TOKENS), c0 + tl.arange(0, BLOCK)
     row = rows.to(tl.int64)[:, None]
     here, inside = (rows < stop)[:, None], (c < K)[None, :]
     stream = tl.load(streams + rows, mask=rows < stop, other=0)
     total = tl.zeros([TOKENS, BLOCK], tl.float32)
     for m in range(num_modules):
         rank, u0 = field(modules, m, 0, ALIGNED), field(modules, m, 1, ALIGNED)
-        p = (field(modules, m, 2, ALIGNED) + run * rank + r).to(tl.int64)[:, None]
-        u = tl.load(du + row * du_stride + u0 + r[None, :], mask=here & (r < rank)[None, :], other=0.0)
-        a = tl.load(down + p * down_stride + c[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
-        term = tl.dot(u, a, input_precision=PRECISION)
+        p0 = field(modules, m, 2, ALIGNED) + run * rank
+        term = tl.zeros([TOKENS, BLOCK], tl.float32)
+        for piece in range(PIECES):
+            r = piece * RANK + tl.arange(0, RANK)
+            p = (p0 + r).to(tl.int64)[:, None]
+            u = tl.load(du + row * du_stride + u0 + r[None, :], mask=here & (r < rank)[None, :], other=0.0)
+            a = tl.load(down + p * down_stride + c[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
+            term = tl.dot(u, a, term, input_precision=PRECISION)
         key = tl.load(keys + m * num_runs + run)
         total += tl.where(keep(stream, key, c0, limit, BLOCK), term, 0.0)
     at = dx + row * dx_stride + c[None, :]
@@ -165,6 +173,11 @@ def _add_masked(
 def _precision(x: Tensor) -> str:
     """float32 products in full; narrower types are exact in any case."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _pieces(rank: int, most: int) -> dict[str, int]:
+    """A padded rank in pieces of at most so many: the kernels' constants."""
+    return {"RANK": min(rank, most), "PIECES": triton.cdiv(rank, most)}
 
 
 def project(
@@ -186,13 +199,14 @@ def project(
     tile = tuning.tile("lora_project", x.device)
     chunks = row_chunks(runs, tile.rows, x.device)
     strides = (factor.stride(1), factor.stride(0)) if of_b else factor.stride()
+    pieces = _pieces(modules.rank, PROJECT_PIECE)
     if chunks.count:
-        _project[(len(modules.ranks), chunks.count)](
+        _project[(len(modules.ranks) * pieces["PIECES"], chunks.count)](
             x, factor, u, u if wide is None else wide, chunks.table, modules.table,
             modules.table if dropout is None else dropout.streams, modules.table if dropout is None else dropout.keys,
             x.shape[1], x.stride(0), *strides, u.stride(0), 0 if wide is None else wide.stride(0),
             modules.num_runs, 0 if dropout is None else dropout.limit, 1.0 if dropout is None else dropout.kept,
-            OWN_COLUMNS=of_b, DROP=dropout is not None, WIDE=wide is not None, RANK=modules.rank,
+            OWN_COLUMNS=of_b, DROP=dropout is not None, WIDE=wide is not None, **pieces,
             TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned, PRECISION=_precision(x),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -219,14 +233,15 @@ def outer(
     chunks = row_chunks(runs, OUTER_CHUNK, right.device)
     partials = left.new_empty(chunks.count, width, dtype=torch.float32)
     factors = modules.scaling if of_b else torch.full_like(modules.scaling, 1.0 if dropout is None else dropout.kept)
+    pieces = _pieces(modules.rank, PIECE)
     longest = max(stop - start for start, stop in modules.rows) if of_b else k
     if chunks.count:
-        _outer[(triton.cdiv(longest, tile.columns), len(modules.ranks), chunks.count)](
+        _outer[(triton.cdiv(longest, tile.columns), len(modules.ranks) * pieces["PIECES"], chunks.count)](
             left, right, partials, chunks.table, modules.table,
             modules.table if dropout is None else dropout.streams, modules.table if dropout is None else dropout.keys,
             factors, k, left.stride(0), right.stride(0), width, modules.num_runs,
             0 if dropout is None else dropout.limit,
-            OF_B=of_b, DROP=dropout is not None, RANK=modules.rank, TOKENS=tile.rows, BLOCK=tile.columns,
+            OF_B=of_b, DROP=dropout is not None, **pieces, TOKENS=tile.rows, BLOCK=tile.columns,
             ALIGNED=modules.aligned, PRECISION=_precision(right), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     sums = sum_chunks(partials, chunks).view(modules.num_runs, width)
@@ -242,7 +257,7 @@ def add_masked(dx: Tensor, du: Tensor, down: Tensor, modules: Modules, runs: Seq
         _add_masked[(triton.cdiv(k, tile.columns), chunks.count)](
             dx, du, down, chunks.table, modules.table, dropout.streams, dropout.keys, k, len(modules.ranks),
             modules.num_runs, dx.stride(0), du.stride(0), down.stride(0), dropout.limit, dropout.kept,
-            RANK=modules.rank, TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned,
+            **_pieces(modules.rank, PIECE), TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned,
             PRECISION=_precision(dx), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -266,19 +281,27 @@ def _cases() -> list[Compiled]:
         "dx du down table modules streams keys K num_modules num_runs dx_stride du_stride down_stride limit kept",
         dx="*bf16", du="*bf16", down="*bf16",
     )  # fmt: skip
-    shared = {"RANK": 16, "ALIGNED": True, "PRECISION": "tf32"}
 
-    def case(name: str, kernel: Any, types: dict[str, str], tile: str, **options: Any) -> Compiled:
-        limits = Limits(registers=200, matrix=WIDE if kernel is _add_masked else NARROW)
-        return Compiled(name, kernel, types, shared | options, limits=limits, tile=tile, sizes=("TOKENS", "BLOCK"))
+    def case(name: str, rank: int, kernel: Any, types: dict[str, str], tile: str, **options: Any) -> Compiled:
+        pieces = _pieces(rank, PROJECT_PIECE if kernel is _project else PIECE)
+        constants = pieces | {"ALIGNED": True, "PRECISION": "tf32"} | options
+        wide = kernel is _add_masked or (kernel is _outer and rank >= 64)
+        limits = Limits(registers=255, spills_sm_100=8 if rank > PIECE else 0, matrix=WIDE if wide else NARROW)
+        name = f"lora: {name}, rank {rank}"
+        return Compiled(name, kernel, types, constants, limits=limits, tile=tile, sizes=("TOKENS", "BLOCK"))
 
-    return [
-        case("lora: x A^T, dropout", _project, project_types, "lora_project", OWN_COLUMNS=False, DROP=True, WIDE=True),
-        case("lora: dy B", _project, project_types, "lora_project", OWN_COLUMNS=True, DROP=False, WIDE=True),
-        case("lora: dA, dropout", _outer, outer_types, "lora_outer", OF_B=False, DROP=True),
-        case("lora: dB", _outer, outer_types, "lora_outer", OF_B=True, DROP=False),
-        case("lora: masked dx", _add_masked, add_types, "lora_add"),
-    ]
+    made = []
+    for rank in (16, 64, 256):
+        made += [
+            case(
+                "x A^T, dropout", rank, _project, project_types, "lora_project", OWN_COLUMNS=False, DROP=True, WIDE=True
+            ),
+            case("dy B", rank, _project, project_types, "lora_project", OWN_COLUMNS=True, DROP=False, WIDE=True),
+            case("dA, dropout", rank, _outer, outer_types, "lora_outer", OF_B=False, DROP=True),
+            case("dB", rank, _outer, outer_types, "lora_outer", OF_B=True, DROP=False),
+            case("masked dx", rank, _add_masked, add_types, "lora_add"),
+        ]
+    return made
 
 
 COMPILED = _cases()

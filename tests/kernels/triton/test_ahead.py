@@ -21,7 +21,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_kernel_holds_its_limits_on_hopper() -> None:
-    result = python("-m", "peftdyno.kernels.triton.ahead", "--arch", "90", "--only", "lora: dB")
+    result = python("-m", "peftdyno.kernels.triton.ahead", "--arch", "90", "--only", "lora: dB, rank 16")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "MMA" in result.stdout
 
@@ -40,7 +40,7 @@ def test_a_fall_to_narrow_products_is_found() -> None:
     """Too few rows for Hopper's wide products, which nothing else would tell."""
     code = (
         "from dataclasses import replace; from peftdyno.kernels.triton import ahead, skinny\n"
-        "case = next(case for case in skinny.COMPILED if case.name == 'lora: masked dx')\n"
+        "case = next(case for case in skinny.COMPILED if case.name == 'lora: masked dx, rank 16')\n"
         "low = replace(case, tile='', constants=case.constants | {'TOKENS': 32, 'BLOCK': 128}, num_warps=4)\n"
         "print(ahead.measure(case, 90).broken, ahead.measure(low, 90).broken)"
     )

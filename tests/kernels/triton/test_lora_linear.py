@@ -33,7 +33,9 @@ CASES = [
     Case((0, 63), 200, 127, ((8, 0, 127),)),
     Case((0, 33, 33, 127), 63, 150, ((4, 0, 63), (17, 70, 150))),
     Case((0, 16, 48), 128, 64, ((16, 0, 32), (16, 32, 64))),
+    Case((0, 3, 20), 40, 24, ((130, 0, 8), (300, 9, 24))),
 ]
+"""The last one's ranks are multiplied in pieces, its factors packed in blocks, and neither divides them."""
 
 
 def stacked(num_runs: int, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -69,6 +71,8 @@ def arguments(case: Case, dropout: float, dtype: torch.dtype, device: torch.devi
         (CASES[2], 0.3, False, torch.float32),
         (CASES[3], 0.3, True, torch.float16),
         (CASES[3], 0.0, False, torch.float32),
+        (CASES[4], 0.3, False, torch.float32),
+        (CASES[4], 0.0, True, torch.float16),
     ],
 )
 def test_lora_linear(case: Case, dropout: float, bordered: bool, dtype: torch.dtype, device: Any) -> None:
