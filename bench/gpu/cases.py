@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from peftdyno.bench.gpu.sizes import Sizes
+from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.pack import Sequence, build_pack
 from peftdyno.kernels import (  # each import registers an operator
     adamw,  # noqa: F401
-    attention,  # noqa: F401
+    attention,
     bank_affine,  # noqa: F401
     glu,  # noqa: F401
     label_loss,  # noqa: F401
@@ -24,16 +26,19 @@ from peftdyno.kernels import (  # each import registers an operator
     picked_rows,  # noqa: F401
     rms_norm,  # noqa: F401
     rotary,
+    tuning,
 )
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.random import stream_key
+from peftdyno.kernels.triton import load
 
 
 @dataclass(frozen=True)
 class Case:
     """An operator on arguments that `make(dtype, tokens)` draws; `changed` are those it writes to.
 
-    `against` names what a user would otherwise run: a callable with the same arguments, made by `micro`.
+    `against` names what a user would otherwise run: a callable with the same arguments, made by `micro`. `form` is one
+    of the operator's forms that only tuning chooses; without it, what runs is what the machine's choices say.
     """
 
     operator: str
@@ -41,11 +46,17 @@ class Case:
     make: Callable[[torch.dtype, int], tuple[Any, ...]]
     changed: tuple[int, ...] = ()
     against: str = ""
+    form: str = ""
 
     @property
     def name(self) -> str:
         """Operator and label."""
         return f"{self.operator} {self.label}".strip()
+
+    def call(self, *arguments: Any) -> Any:
+        """The operator's Triton kernels, or its form."""
+        with tuning.trial_form(self.operator, self.form) if self.form else nullcontext():
+            return load(self.operator)(*arguments)
 
 
 @dataclass(frozen=True)
@@ -159,18 +170,17 @@ def losses(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     yield Case("label_loss", "", make, against="eager liger")
 
 
-def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """The four products of a layer, frozen and with low-rank terms, forward and backward."""
-    config, draw = sizes.config(), Draw(sizes, device)
+def sites(config: DecoderConfig) -> dict[str, tuple[int, list[int]]]:
+    """Of each product of a layer: its input's width, and the rows of each of its modules."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    sites = {
-        "qkv": (d, [q, kv, kv]),
-        "o": (q, [d]),
-        "gate_up": (d, [f, f]),
-        "down": (f, [d]),
-    }
-    for site, (columns, outs) in sites.items():
+    return {"qkv": (d, [q, kv, kv]), "o": (q, [d]), "gate_up": (d, [f, f]), "down": (f, [d])}
+
+
+def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """The four products of a layer, frozen and with low-rank terms, forward and backward."""
+    draw = Draw(sizes, device)
+    for site, (columns, outs) in sites(sizes.config()).items():
         out = sum(outs)
         dense = lambda t, n, c=columns, o=out: (draw.rows(n, c, t), draw.rows(o, c, t) * c**-0.5, None, 0)  # noqa: E731
         yield Case("linear", site, dense)
@@ -178,7 +188,7 @@ def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         yield Case("linear_backward", site, back)
         for runs, dropout, bordered in ((1, 0.05, True), (1, 0.05, False), (1, 0.0, True), (sizes.runs, 0.05, True)):
             label = f"{site}, {runs} runs, dropout {dropout:g}, {'bordered' if bordered else 'plain'}"
-            low = _LowRank(draw, columns, tuple(outs), runs, dropout, bordered)
+            low = LowRankCalls(draw, columns, tuple(outs), runs, dropout, bordered)
             yield Case("lora_linear", label, low.forward)
             yield Case("lora_linear_backward", label, low.backward)
             if bordered and site != "o":
@@ -192,7 +202,7 @@ def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 
 @dataclass(frozen=True)
-class _LowRank:
+class LowRankCalls:
     """Arguments of a product with low-rank terms on all its modules."""
 
     draw: Draw
@@ -259,32 +269,61 @@ class _LowRank:
         return self.draw.rows(n, self.columns, t), self.draw.rows(n, sum(self.outs), t), x, u, *rest, True
 
 
+@dataclass(frozen=True)
+class Attended:
+    """Arguments of attention over a pack, with keys of learned prefixes where `learned`; window and soft cap 0 for
+    none."""
+
+    draw: Draw
+    kind: str
+    width: int
+    window: int = 0
+    softcap: float = 0.0
+    learned: bool = False
+
+    def forward(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the forward pass."""
+        config = self.draw.sizes.config()
+        heads, kv, d = config.num_attention_heads, config.num_key_value_heads, self.width
+        segments, chain = self.draw.layout(n, self.kind)
+        rows = int(segments[:, 1].sum())
+        qkv = self.draw.rows(rows, (heads + 2 * kv) * d, t).unflatten(1, (heads + 2 * kv, d))
+        prefix: list[Tensor | None] = [None, None]
+        if self.learned:
+            segments, chain, count = _behind_prefixes(segments, chain, rows)
+            prefix = [self.draw.masters(count, kv, d) * 10 for _ in range(2)]
+        q, k, v = qkv.split([heads, kv, kv], dim=1)
+        return q, k, v, *prefix, segments, chain, d**-0.5, self.window, self.softcap, 64
+
+    def backward(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the backward pass."""
+        arguments = self.forward(t, n)
+        out, lse = attention.FORWARD(*arguments)
+        return self.draw.rows(*out.shape, t), *arguments[:5], out, lse, *arguments[5:]
+
+
+def _behind_prefixes(segments: Tensor, chain: Tensor, rows: int, length: int = 20) -> tuple[Tensor, Tensor, int]:
+    """The tables of sequences that each see one of two learned prefixes first, and the keys of both."""
+    assert len(chain) == len(segments), "every sequence sees itself alone"
+    links = [
+        link
+        for i, (start, count, position) in enumerate(chain.tolist())
+        for link in ((rows + i % 2 * length, length, 0), (start, count, position + length))
+    ]
+    table = segments.clone()
+    table[:, 2:] *= 2
+    return table, torch.tensor(links, dtype=torch.int32), 2 * length
+
+
 def attentions(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Attention over packs of several kinds, forward and backward."""
-    config, draw = sizes.config(), Draw(sizes, device)
-    heads, kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-
-    def forward(t: torch.dtype, n: int, kind: str, window: int) -> tuple[Any, ...]:
-        segments, chain = draw.layout(n, kind)
-        rows = int(segments[:, 1].sum())
-        qkv = draw.rows(rows, (heads + 2 * kv) * d, t).unflatten(1, (heads + 2 * kv, d))
-        q, k, v = qkv.split([heads, kv, kv], dim=1)
-        return q, k, v, None, None, segments, chain, d**-0.5, window, 0.0, 64
-
-    def backward(t: torch.dtype, n: int, kind: str, window: int) -> tuple[Any, ...]:
-        from peftdyno.kernels.attention import FORWARD
-
-        arguments = forward(t, n, kind, window)
-        out, lse = FORWARD(*arguments)
-        dout = draw.rows(out.shape[0], out.shape[1], t)
-        return dout, *arguments[:5], out, lse, *arguments[5:]
-
+    draw, width = Draw(sizes, device), sizes.config().head_dim
     for kind, window in (("equal", 0), ("ragged", 0), ("shared prefix", 0), ("equal", max(4, sizes.length // 8))):
         label = f"{kind}{f', window {window}' if window else ''}"
         against = {"equal": "sdpa varlen flash", "ragged": "varlen flash"}.get("" if window else kind, "")
-        fixed = {"kind": kind, "window": window}
-        yield Case("attention", label, lambda t, n, o=fixed: forward(t, n, **o), against=against)
-        yield Case("attention_backward", label, lambda t, n, o=fixed: backward(t, n, **o), against=against)
+        made = Attended(draw, kind, width, window)
+        yield Case("attention", label, made.forward, against=against)
+        yield Case("attention_backward", label, made.backward, against=against)
 
 
 def quantised(sizes: Sizes, device: torch.device) -> Iterator[Case]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from peftdyno.bench.gpu.cases import Case, all_cases
+from peftdyno.bench.gpu.other_cases import other_cases
 from peftdyno.bench.gpu.results import Section
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.kernels.library import PRIMITIVES
 from peftdyno.kernels.oracle import budget, distance, flat, in_float64
-from peftdyno.kernels.triton import load
 
 
 def results(function: Callable[..., Any], changed: tuple[int, ...]) -> Callable[..., list[Tensor]]:
@@ -30,7 +30,7 @@ def results(function: Callable[..., Any], changed: tuple[int, ...]) -> Callable[
 def worst_share(case: Case, arguments: tuple[Any, ...]) -> float:
     """The largest error over its budget among the outputs; above 1 is wrong. Raises where a shape or dtype differs."""
     reference = PRIMITIVES[case.operator].implementations["reference"]
-    found = results(load(case.operator), case.changed)(*arguments)
+    found = results(case.call, case.changed)(*arguments)
     plain = results(reference, case.changed)(*arguments)
     truth = in_float64(results(reference, case.changed), arguments)
     shares = [0.0]
@@ -43,15 +43,15 @@ def worst_share(case: Case, arguments: tuple[Any, ...]) -> float:
 
 def repeatable(case: Case, arguments: tuple[Any, ...]) -> bool:
     """Whether a second call gives the same bits."""
-    call = results(load(case.operator), case.changed)
+    call = results(case.call, case.changed)
     return all(torch.equal(a, b) for a, b in zip(call(*arguments), call(*arguments), strict=True))
 
 
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
-    """A row a case and dtype; fails at the end where one is wrong."""
-    dtypes = (torch.float32, torch.float16) if tiny else (torch.bfloat16, torch.float32)
-    for case in all_cases(sizes, device):
-        for dtype in dtypes:
+    """A row a case and dtype; fails at the end where one is wrong. Forms that only tuning chooses are of 16 bits."""
+    dtypes = (torch.float16, torch.float32) if tiny else (torch.bfloat16, torch.float32)
+    for case in [*all_cases(sizes, device), *other_cases(sizes, device)]:
+        for dtype in dtypes[:1] if case.form else dtypes:
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             if section.wants(name):
                 with section.attempt(name):
