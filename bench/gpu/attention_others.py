@@ -17,16 +17,17 @@ from peftdyno.bench.gpu.timing import median_ms
 Sets = list[tuple[Any, ...]]
 
 
-def times(name: str, case: Case, sets: Sets, device: torch.device) -> dict[str, float]:
-    """Milliseconds of an alternative (`sdpa`, `varlen` or `flash`); nothing where it is not to be had."""
-    backward = case.operator == "attention_backward"
+def available(name: str, device: torch.device) -> bool:
+    """Whether an alternative runs on a device; only PyTorch's attention over equal sequences does without a GPU."""
     if name == "sdpa":
-        make = _sdpa
-    elif device.type != "cuda" or (name == "flash" and importlib.util.find_spec("flash_attn") is None):
-        return {}
-    else:
-        make = _varlen if name == "varlen" else _flash
-    return {f"{name}_ms": median_ms([make(*_parts(arguments, backward), backward) for arguments in sets], device)}
+        return True
+    return device.type == "cuda" and (name != "flash" or importlib.util.find_spec("flash_attn") is not None)
+
+
+def milliseconds(name: str, case: Case, sets: Sets, device: torch.device) -> float:
+    """Time of an alternative, one of `FORMS`."""
+    backward, make = case.operator == "attention_backward", FORMS[name]
+    return median_ms([make(*_parts(arguments, backward), backward) for arguments in sets], device)
 
 
 def _parts(arguments: tuple[Any, ...], backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,3 +78,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, backward: bool) ->
     attend = importlib.import_module("flash_attn").flash_attn_varlen_func
     heads = [t.contiguous() for t in (q, k, v)]
     return _call(lambda *t: attend(*t, cu, cu, longest, longest, causal=True), heads, backward)
+
+
+FORMS = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash}
+"""Alternative -> what makes its call from q, k, v, the table of segments and the direction."""

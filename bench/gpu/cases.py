@@ -38,7 +38,8 @@ class Case:
     """An operator on arguments that `make(dtype, tokens)` draws; `changed` are those it writes to.
 
     `against` names what a user would otherwise run: a callable with the same arguments, made by `micro`. `form` is one
-    of the operator's forms that only tuning chooses; without it, what runs is what the machine's choices say.
+    of the operator's forms that only tuning chooses; without it, what runs is what the machine's choices say. `goal`:
+    a goal rests on its time.
     """
 
     operator: str
@@ -47,6 +48,7 @@ class Case:
     changed: tuple[int, ...] = ()
     against: str = ""
     form: str = ""
+    goal: bool = False
 
     @property
     def name(self) -> str:
@@ -137,25 +139,25 @@ def pointwise(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         p, g, m, v = (draw.masters(r, n * 64) for _ in range(4))
         return p, g, m, v.abs_(), [1e-4] * r, [1.0] * r, [7] * r, 0.9, 0.999, 1e-8, 0.01
 
-    yield Case("rms_norm", "+ residual", norm, against="eager compile liger")
-    yield Case("rms_norm_backward", "frozen", norm_backward, against="eager compile liger")
+    yield Case("rms_norm", "+ residual", norm, against="eager compile liger", goal=True)
+    yield Case("rms_norm_backward", "frozen", norm_backward, against="eager compile liger", goal=True)
     yield Case("rms_norm_backward", f"LN-tuning, {r} runs", lambda t, n: norm_backward(t, n, r))
-    yield Case("glu", "silu", activation, against="eager compile liger")
+    yield Case("glu", "silu", activation, against="eager compile liger", goal=True)
     yield Case("glu", f"silu, IA3 of {r} runs", lambda t, n: activation(t, n, r))
-    yield Case(
-        "glu_backward", "silu", lambda t, n: (draw.rows(n, f, t), *activation(t, n)), against="eager compile liger"
-    )
+    back = lambda t, n: (draw.rows(n, f, t), *activation(t, n))  # noqa: E731
+    yield Case("glu_backward", "silu", back, against="eager compile liger", goal=True)
     yield Case("glu_backward", "silu, IA3", lambda t, n: (draw.rows(n, f, t), *activation(t, n, r)))
-    yield Case("rotary_", "", turn, changed=(0,), against="eager compile liger")
+    yield Case("rotary_", "", turn, changed=(0,), against="eager compile liger", goal=True)
     scaled = lambda t, n: (draw.rows(n, d, t), draw.masters(r, d), 0, draw.runs(n, r))  # noqa: E731
-    yield Case("bank_scale_", f"{r} runs", scaled, changed=(0,))
-    yield Case("bank_shift_", f"{r} runs", scaled, changed=(0,))
+    yield Case("bank_scale_", f"{r} runs", scaled, changed=(0,), against="eager compile")
+    yield Case("bank_shift_", f"{r} runs", scaled, changed=(0,), against="eager compile")
     sums = lambda t, n: (draw.rows(n, d, t), draw.rows(n, d, t), 0, d, draw.runs(n, r))  # noqa: E731
     yield Case("bank_column_sums", f"{r} runs", sums, against="eager compile")
-    yield Case("scale_rows", "", lambda t, n: (draw.rows(n, d, t), torch.randn(n, device=device)))
+    factors = lambda t, n: (draw.rows(n, d, t), torch.randn(n, device=device))  # noqa: E731
+    yield Case("scale_rows", "", factors, against="eager compile")
     picks = lambda t, n: (draw.rows(n, d, t), torch.randint(n, (n,), device=device), n, False)  # noqa: E731
     yield Case("picked_rows_backward", "", picks)
-    yield Case("adamw_", f"{r} runs", update, changed=(0, 2, 3), against="eager")
+    yield Case("adamw_", f"{r} runs", update, changed=(0, 2, 3), against="eager compile")
 
 
 def losses(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -183,14 +185,16 @@ def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     for site, (columns, outs) in sites(sizes.config()).items():
         out = sum(outs)
         dense = lambda t, n, c=columns, o=out: (draw.rows(n, c, t), draw.rows(o, c, t) * c**-0.5, None, 0)  # noqa: E731
-        yield Case("linear", site, dense)
+        yield Case("linear", site, dense, goal=True)
         back = lambda t, n, c=columns, o=out: (draw.rows(n, o, t), draw.rows(o, c, t) * c**-0.5)  # noqa: E731
-        yield Case("linear_backward", site, back)
+        yield Case("linear_backward", site, back, goal=True)
         for runs, dropout, bordered in ((1, 0.05, True), (1, 0.05, False), (1, 0.0, True), (sizes.runs, 0.05, True)):
             label = f"{site}, {runs} runs, dropout {dropout:g}, {'bordered' if bordered else 'plain'}"
             low = LowRankCalls(draw, columns, tuple(outs), runs, dropout, bordered)
-            yield Case("lora_linear", label, low.forward)
-            yield Case("lora_linear_backward", label, low.backward)
+            goal = bordered and dropout > 0
+            against = "compile" if goal and runs == 1 else ""
+            yield Case("lora_linear", label, low.forward, against=against, goal=goal)
+            yield Case("lora_linear_backward", label, low.backward, against=against, goal=goal)
             if bordered and site != "o":
                 producer, make = ("glu_down", low.activation) if site == "down" else ("rms_norm_down", low.norm)
                 yield Case(producer, label, make)
@@ -322,8 +326,8 @@ def attentions(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         label = f"{kind}{f', window {window}' if window else ''}"
         against = {"equal": "sdpa varlen flash", "ragged": "varlen flash"}.get("" if window else kind, "")
         made = Attended(draw, kind, width, window)
-        yield Case("attention", label, made.forward, against=against)
-        yield Case("attention_backward", label, made.backward, against=against)
+        yield Case("attention", label, made.forward, against=against, goal=not window)
+        yield Case("attention_backward", label, made.backward, against=against, goal=not window)
 
 
 def quantised(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -341,10 +345,10 @@ def quantised(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             return draw.rows(n, rows, t), codes, absmax, columns
         return draw.rows(n, columns, t), codes, absmax / columns, rows, None, 64
 
-    yield Case("nf4_dequantise", "gate_up", make, against="eager")
-    yield Case("nf4_linear", "gate_up", product, against="eager")
-    yield Case("nf4_linear", "gate_up, 1 token", lambda t, _: product(t, 1), against="eager")
-    yield Case("nf4_linear_backward", "gate_up", lambda t, n: product(t, n, backward=True), against="eager")
+    yield Case("nf4_dequantise", "gate_up", make, against="eager compile")
+    yield Case("nf4_linear", "gate_up", product, against="eager compile")
+    yield Case("nf4_linear", "gate_up, 1 token", lambda t, _: product(t, 1), against="eager compile")
+    yield Case("nf4_linear_backward", "gate_up", lambda t, n: product(t, n, backward=True), against="eager compile")
 
 
 def all_cases(sizes: Sizes, device: torch.device) -> list[Case]:

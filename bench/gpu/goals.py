@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftdyno.bench.gpu import decode, grid, hf_step, losses, same_bits
 from peftdyno.bench.gpu.goal import Goal, Row, Rows, at_least, at_most, read
 from peftdyno.bench.gpu.head_loss import SPARSE, row_name
 from peftdyno.bench.gpu.memory import peak_name
-from peftdyno.bench.gpu.micro import POINTWISE, at_tokens
+from peftdyno.bench.gpu.micro import POINTWISE, at_tokens, by
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.bench.gpu.step import FROZEN, HF, HF_LIGER, settings
 
@@ -39,9 +39,11 @@ def _share_of_copy(rows: Rows) -> float:
     return float(min(rows["micro"][name]["of_ceiling"] for name in POINTWISE))
 
 
-def _others(row: Row, *names: str) -> float:
-    """Milliseconds of the fastest of others. Raises ValueError where none was measured."""
-    return float(min(row[f"{name}_ms"] for name in names if f"{name}_ms" in row))
+def _others(micro: Mapping[str, Row], name: str, *others: str) -> float:
+    """Milliseconds of the fastest of others; the first of them is to be had everywhere. Raises KeyError where that was
+    not tried yet, ValueError where none ran."""
+    tried = [micro[by(name, other)] for other in others if other == others[0] or by(name, other) in micro]
+    return float(min(row["ms"] for row in tried if "ms" in row))
 
 
 def _over_others(sizes: Sizes) -> Callable[[Rows], float]:
@@ -49,14 +51,14 @@ def _over_others(sizes: Sizes) -> Callable[[Rows], float]:
     names = [*POINTWISE, *(at_tokens(name, n) for name in POINTWISE for n in sizes.pointwise_tokens)]
 
     def figure(rows: Rows) -> float:
-        found = [rows["micro"][name] for name in names]
-        return float(max(row["ms"] / _others(row, "compile", "liger") for row in found))
+        micro = rows["micro"]
+        return float(max(micro[name]["ms"] / _others(micro, name, "compile", "liger") for name in names))
 
     return figure
 
 
 def _others_note(rows: Rows) -> str:
-    return "" if "liger_ms" in rows["micro"][POINTWISE[0]] else "Liger-Kernel is not installed"
+    return "" if by(POINTWISE[0], "liger") in rows["micro"] else "Liger-Kernel is not installed"
 
 
 def _of_label_share(rows: Rows) -> float:
@@ -69,16 +71,17 @@ def _of_label_share(rows: Rows) -> float:
 def _attention_over_others(rows: Rows) -> float:
     """The worst ratio of the best library's time to ours: over packs of equal sequences, and of ragged ones where a
     library for those was there."""
-    operators = ("attention", "attention_backward")
-    equal, ragged = ([rows["micro"][f"{op} {kind}"] for op in operators] for kind in ("equal", "ragged"))
-    found = [*equal, *(row for row in ragged if {"varlen_ms", "flash_ms"} & row.keys())]
-    return float(min(_others(row, "sdpa", "varlen", "flash") / row["ms"] for row in found))
+    micro, beside = rows["micro"], []
+    for operator in ("attention", "attention_backward"):
+        beside.append((f"{operator} equal", ("sdpa", "varlen", "flash")))
+        if by(f"{operator} ragged", "varlen") in micro:
+            beside.append((f"{operator} ragged", ("varlen", "flash")))
+    return float(min(_others(micro, name, *others) / micro[name]["ms"] for name, others in beside))
 
 
 def _attention_note(rows: Rows) -> str:
-    row = rows["micro"]["attention equal"]
-    beside = [name for name in ("sdpa", "varlen", "flash") if f"{name}_ms" in row]
-    return f"beside {', '.join(beside)}"
+    names = [(name, rows["micro"].get(by("attention equal", name), {})) for name in ("sdpa", "varlen", "flash")]
+    return f"beside {', '.join(name for name, row in names if 'ms' in row)}"
 
 
 def _time_a_pair(rows: Rows) -> float:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftdyno.bench.gpu import attention_others, head_loss, liger
-from peftdyno.bench.gpu.cases import Case, all_cases, pointwise
+from peftdyno.bench.gpu.cases import Case, all_cases
 from peftdyno.bench.gpu.results import Section, lost
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.bench.gpu.timing import Ceilings, ceilings, median_ms
 from peftdyno.engine.errors import first_line
 from peftdyno.kernels.library import COSTS, PRIMITIVES
-from peftdyno.kernels.triton import load
 
 COPIES = 2
 """Sets of arguments that take turns."""
-
+LIBRARIES = ("liger", "sdpa", "varlen", "flash")
+"""Alternatives that need no compilation of ours."""
 
 POINTWISE = ("rms_norm + residual", "rms_norm_backward frozen", "glu silu", "glu_backward silu", "rotary_")
 """Cases that are timed at several numbers of tokens."""
@@ -30,30 +31,70 @@ def at_tokens(case: str, tokens: int) -> str:
     return f"{case}, {tokens} tokens"
 
 
+def by(name: str, other: str) -> str:
+    """The row of an alternative to the call of a row."""
+    return f"{name} by {other}"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A case at a number of tokens, and the name of its row."""
+
+    name: str
+    case: Case
+    tokens: int
+
+    def sets(self, *, tiny: bool) -> list[tuple[Any, ...]]:
+        """The same arguments for every column."""
+        torch.manual_seed(0)
+        return [self.case.make(torch.float16 if tiny else torch.bfloat16, self.tokens) for _ in range(COPIES)]
+
+
+def timed(sizes: Sizes, device: torch.device) -> list[Timed]:
+    """Every case at the tokens of a step, and the pointwise ones at others too."""
+    rows = [Timed(case.name, case, sizes.tokens) for case in all_cases(sizes, device)]
+    chosen = [row.case for row in rows if row.name in POINTWISE]
+    return rows + [Timed(at_tokens(case.name, n), case, n) for case in chosen for n in sizes.pointwise_tokens]
+
+
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
-    """A row a case: ours, the alternatives, TFLOP/s and TB/s by the cost formula."""
+    """A row a case, with TFLOP/s and TB/s by the cost formula, and a row an alternative. What goals rest on comes
+    first; what else has to be compiled comes last."""
     top = measured_ceilings(section, device, tiny=tiny)
-    rows = [(case.name, case, sizes.tokens) for case in all_cases(sizes, device)]
-    chosen = [case for case in pointwise(sizes, device) if case.name in POINTWISE]
-    rows += [(at_tokens(case.name, n), case, n) for case in chosen for n in sizes.pointwise_tokens]
-    for name, case, tokens in rows:
+    rows = timed(sizes, device)
+    goals, rest = [row for row in rows if row.case.goal], [row for row in rows if not row.case.goal]
+
+    def measure(name: str, row: Callable[[], dict[str, Any]]) -> None:
         if section.wants(name):
             with section.attempt(name):
-                section.add(name, **_row(case, tokens, device, top, tiny=tiny))
+                section.add(name, **row())
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def ours(chosen: list[Timed]) -> None:
+        for row in chosen:
+            measure(row.name, lambda row=row: _row(row, device, top, tiny=tiny))  # type: ignore[misc]
+
+    def others(chosen: list[Timed], *names: str) -> None:
+        for name in (name for name in names if _available(name, device)):
+            for row in (row for row in chosen if name in row.case.against.split()):
+                measure(by(row.name, name), lambda row=row, name=name: _alternative(name, row, device, tiny=tiny))  # type: ignore[misc]
+
+    ours(goals)
     head_loss.run(section, sizes, device, tiny=tiny)
+    others(goals, *LIBRARIES)
+    others([row for row in rows if row.case.name in POINTWISE], "compile")
+    ours(rest)
     _fused_product(section, sizes, device, tiny=tiny)
+    others(rest, *LIBRARIES)
+    others(rows, "eager")
+    others([row for row in rows if row.case.name not in POINTWISE], "compile")
 
 
-def _row(case: Case, tokens: int, device: torch.device, top: Ceilings, *, tiny: bool) -> dict[str, Any]:
-    torch.manual_seed(0)
-    sets = [case.make(torch.float16 if tiny else torch.bfloat16, tokens) for _ in range(COPIES)]
-    ours = _time(load(case.operator), sets, device)
-    row = {"ms": ours} | _rates(case, sets[0], ours, top)
-    for name in case.against.split():
-        row |= _alternative(name, case, sets, device, tiny=tiny)
-    return row
+def _row(row: Timed, device: torch.device, top: Ceilings, *, tiny: bool) -> dict[str, Any]:
+    sets = row.sets(tiny=tiny)
+    ms = _time(row.case.call, sets, device)
+    return {"ms": ms} | _rates(row.case, sets[0], ms, top)
 
 
 def measured_ceilings(section: Section, device: torch.device, *, tiny: bool) -> Ceilings:
@@ -76,31 +117,32 @@ def _rates(case: Case, arguments: tuple[Any, ...], ms: float, top: Ceilings) -> 
     return {"tflops": flops / ms / 1e9, "tbytes": moved / ms / 1e9, "of_ceiling": 1e3 * floor / ms}
 
 
-def _alternative(
-    name: str, case: Case, sets: list[tuple[Any, ...]], device: torch.device, *, tiny: bool
-) -> dict[str, Any]:
-    """Milliseconds of an alternative, or what it raised; nothing where it is not installed."""
+def _available(name: str, device: torch.device) -> bool:
+    """Whether an alternative is to be had."""
+    if name == "liger":
+        return liger.installed()
+    return attention_others.available(name, device) if name in attention_others.FORMS else True
+
+
+def _alternative(name: str, row: Timed, device: torch.device, *, tiny: bool) -> dict[str, Any]:
+    """Milliseconds of an alternative, or what it raised."""
     try:
-        return _others(name, case, sets, device, tiny=tiny)
+        return {"ms": _other(name, row.case, row.sets(tiny=tiny), device, tiny=tiny)}
     except Exception as error:
         if lost(error):
             raise
-        return {f"{name}_failed": f"{type(error).__name__}: {first_line(error)}"}
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def _others(
-    name: str, case: Case, sets: list[tuple[Any, ...]], device: torch.device, *, tiny: bool
-) -> dict[str, float]:
+def _other(name: str, case: Case, sets: list[tuple[Any, ...]], device: torch.device, *, tiny: bool) -> float:
     reference = PRIMITIVES[case.operator].implementations["reference"]
     if name == "eager":
-        return {"eager_ms": _time(reference, sets, device)}
+        return _time(reference, sets, device)
     if name == "compile":
-        return {"compile_ms": _time(_compiled(reference, tiny=tiny), sets, device)}
-    if name != "liger":
-        return attention_others.times(name, case, sets, device)
-    if not liger.installed():
-        return {}
-    return {"liger_ms": median_ms([liger.FORMS[case.operator](*arguments) for arguments in sets], device)}
+        return _time(_compiled(reference, tiny=tiny), sets, device)
+    if name == "liger":
+        return median_ms([liger.FORMS[case.operator](*arguments) for arguments in sets], device)
+    return attention_others.milliseconds(name, case, sets, device)
 
 
 def _compiled(reference: Callable[..., Any], *, tiny: bool) -> Callable[..., Any]:

@@ -141,6 +141,41 @@ def test_a_goal_without_a_row_is_found(tmp_path: Path, stand_in: None) -> None:
         assert any(goal["figure"] is None for goal in goals.report(rest, FULL)), section
 
 
+def test_rows_that_goals_rest_on_are_measured_first(tmp_path: Path, stand_in: None) -> None:
+    names = listed(FULL, "micro", tmp_path, tiny=False)
+    asked = Asked(names)
+    goals.report({"micro": asked}, FULL)
+    assert set(names[: len(asked.read)]) == asked.read
+    assert all(name.endswith(" by compile") for name in names[-8:]), "what takes longest comes last"
+    assert len(set(names)) == len(names)
+
+
+def test_a_goal_waits_for_what_everybody_has(stand_in: None) -> None:
+    """Liger's time alone says nothing of torch.compile's; one that failed leaves the goal to the other."""
+    names = [*micro.POINTWISE, *(micro.at_tokens(name, n) for name in micro.POINTWISE for n in FULL.pointwise_tokens)]
+    rows: dict[str, dict[str, Any]] = {name: {"ms": 3.0} for name in names}
+    rows |= {micro.by(name, "liger"): {"ms": 2.0} for name in names}
+    (goal,) = (g for g in goals.kernel_goals(FULL) if "all sizes" in g.name)
+    assert goal.report({"micro": rows})["figure"] is None
+    rows |= {micro.by(name, "compile"): {"failed": "no"} for name in names}
+    assert goal.report({"micro": rows})["figure"] == 1.5
+    rows[micro.by(names[0], "compile")] = {"ms": 1.0}
+    assert goal.report({"micro": rows})["figure"] == 3.0
+
+
+@pytest.mark.slow
+def test_every_alternative_runs(
+    tmp_path: Path, stand_in: None, triton_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At tiny sizes torch.compile traces, but translates nothing."""
+    monkeypatch.setattr(micro, "COPIES", 1)
+    section = Chosen("micro", tmp_path / "micro.jsonl", 600.0)
+    section.names = {name for name in listed(LEAST, "micro", tmp_path, tiny=True) if " by " in name}
+    micro.run(section, LEAST, CPU, tiny=True)
+    rows = {name: row for name, row in section.rows.items() if name != "ceilings"}
+    assert rows.keys() == section.names and [row for row in rows.values() if "ms" not in row] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_tiny_sizes_give_every_goal_of_a_section_its_figure(
