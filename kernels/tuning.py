@@ -70,6 +70,7 @@ border laid, rows that no descriptor can address) gives way to the next one that
 
 _trial: dict[str, Tile] = {}
 _trial_form: dict[str, str] = {}
+_shipped_only = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,17 @@ def trial_form(operator: str, form: str) -> Iterator[None]:
         yield
     finally:
         del _trial_form[operator]
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Within it, shipped tiles and default forms hold, whatever was measured."""
+    global _shipped_only
+    before, _shipped_only = _shipped_only, True
+    try:
+        yield
+    finally:
+        _shipped_only = before
 
 
 def architecture(device: torch.device) -> int:
@@ -152,7 +164,7 @@ def takes(operator: str, form: str, widths: Sequence[int], device: torch.device)
 
 def measured(device: torch.device) -> Measured:
     """What was measured on this kind of GPU; nothing in the interpreter, nor of a GPU that is not at hand."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if _shipped_only or device.type != "cuda" or not torch.cuda.is_available():
         return _NOTHING
     return _measured(_cache_file(device, os.environ.get("XDG_CACHE_HOME")))
 

@@ -15,6 +15,7 @@ from peftdyno.bench.gpu.results import Section, lost
 from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.bench.gpu.timing import Ceilings, ceilings, median_ms
 from peftdyno.engine.errors import first_line
+from peftdyno.kernels import tuning
 from peftdyno.kernels.library import COSTS, PRIMITIVES
 
 COPIES = 2
@@ -94,7 +95,15 @@ def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> 
 def _row(row: Timed, device: torch.device, top: Ceilings, *, tiny: bool) -> dict[str, Any]:
     sets = row.sets(tiny=tiny)
     ms = _time(row.case.call, sets, device)
-    return {"ms": ms} | _rates(row.case, sets[0], ms, top)
+    return {"ms": ms} | _rates(row.case, sets[0], ms, top) | _untuned(row.case, sets, device)
+
+
+def _untuned(case: Case, sets: list[tuple[Any, ...]], device: torch.device) -> dict[str, float]:
+    """Milliseconds with shipped tiles and default forms, where others were measured."""
+    if tuning.measured(device) == tuning.Measured():
+        return {}
+    with tuning.untuned():
+        return {"untuned_ms": _time(case.call, sets, device)}
 
 
 def measured_ceilings(section: Section, device: torch.device, *, tiny: bool) -> Ceilings:

@@ -29,6 +29,7 @@ from peftdyno.engine.pack import Pack, build_pack
 from peftdyno.engine.pack import Sequence as PackSequence
 from peftdyno.engine.step_graphs import StepGraphs
 from peftdyno.engine.weights import random_weights
+from peftdyno.kernels import tuning
 
 STEPS, WARM_UP = 6, 2
 SHORT = "4 short rows"
@@ -152,11 +153,20 @@ def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -
     optimizer, ledger = AdamW.create(bank), Ledger(Scope())
     recorder = CudaRecorder() if device.type == "cuda" else EagerRecorder()
     graphs = StepGraphs(decoder, bank, recorder=recorder) if setting.graphs else None
-    seconds = times(lambda: run_step(decoder, bank, optimizer, [pack], ledger, 1, graphs), device, 2 if tiny else STEPS)
+
+    def seconds() -> float:
+        step = lambda: run_step(decoder, bank, optimizer, [pack], ledger, 1, graphs)  # noqa: E731
+        return times(step, device, 2 if tiny else STEPS)
+
+    taken = seconds()
     job = Job(config=decoder.config, methods=setting.methods, dtype=decoder.dtype, device=device.type)
     flops = training_step(job, [pack]).total().flops
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return {"seconds": seconds, "tokens_per_second": pack.num_tokens / seconds, "flops": flops, "peak_bytes": peak}
+    row = {"seconds": taken, "tokens_per_second": pack.num_tokens / taken, "flops": flops, "peak_bytes": peak}
+    if graphs is None and tuning.measured(device) != tuning.Measured():
+        with tuning.untuned():
+            row["untuned_seconds"] = seconds()
+    return row
 
 
 @dataclass
