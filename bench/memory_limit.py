@@ -117,7 +117,7 @@ class Packs(Protocol):
 @dataclass(frozen=True)
 class Limit:
     """A search among the ways to train `num_runs` runs of the job's method. `policies` and `sizes` (of the groups that
-    train together) are those allowed."""
+    train together) are those allowed; `held` bytes are taken beside every way."""
 
     job: Job
     packs: Packs
@@ -125,6 +125,7 @@ class Limit:
     batch: int
     policies: Sequence[Policy] = POLICIES
     sizes: Sequence[int] = (1,)
+    held: int = 0
     _found: dict[tuple[int, Policy, PackShape, bool], tuple[int, float]] = field(default_factory=dict)
 
     def choose(self) -> Chosen:
@@ -137,7 +138,7 @@ class Limit:
             raise UserError(
                 f"memory limit {show_size(self.limit)} is too small for {self.job.methods[0].name}: {least} takes "
                 f"{show_size(floor)}; give --memory-limit {show_enough(enough(floor))}, a lower --max-length or a "
-                "smaller model"
+                f"smaller model{', or --pack-weights off' if self.held else ''}"
             )
         too_large = [first]
         for way in sorted(self.ways(), key=self._order):
@@ -168,7 +169,7 @@ class Limit:
         """Predicted peak in bytes; with `probe` the scratch of the CPU's matrix library too, whose measurement takes
         products of full size."""
         waiting = self.packs.waiting(way) if self.job.device == "cpu" else 0
-        return waiting + max(self._predicted(way, shape, probe)[0] for shape in self.packs.largest(way))
+        return self.held + waiting + max(self._predicted(way, shape, probe)[0] for shape in self.packs.largest(way))
 
     def cost(self, way: Way) -> float:
         """Of a few steps of all runs, in FLOPs with bytes at their exchange rate."""
@@ -183,7 +184,7 @@ class Limit:
     def _estimate(self, way: Way) -> float:
         """About the peak, without predicting it."""
         tokens = max(shape.num_tokens for shape in self.packs.largest(way))
-        return self._lines[way.activations].peak.at(tokens) + self._masters(way)
+        return self._lines[way.activations].peak.at(tokens) + self._masters(way) + self.held
 
     def _masters(self, way: Way) -> int:
         """Bytes that each further run takes whatever its packs."""

@@ -20,6 +20,7 @@ from peftdyno.engine.batching import batch_indices, packs_of, steps_per_epoch, t
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.pack import Pack, Root
 from peftdyno.engine.pack import Sequence as PackSequence
+from peftdyno.engine.panels import held_bytes
 from peftdyno.engine.train import shares_prefix
 
 if TYPE_CHECKING:
@@ -177,25 +178,42 @@ def search(job: Job, base: BaseModel, limit: int, sizes: Sequence[int]) -> Limit
         batch=min(settings.micro_batch or settings.batch, settings.batch),
         policies=(settings.activations,) if settings.activations else POLICIES,
         sizes=sizes,
+        held=held_bytes(base.decoder, backward=True) if settings.pack_weights == "on" else 0,
     )
 
 
 def within_limit(job: Job, base: BaseModel) -> tuple[Job, str | None]:
     """The job with the activation policy, the micro-batch and the rows of validation that its memory limit asks for,
-    and what was chosen; its runs stay together. UserError where nothing fits."""
+    and what was chosen; its runs stay together. Panels of weights that were asked for count; those that may be kept are
+    only where the way and the rows stay as they are without. UserError where nothing fits."""
     settings = job.settings
-    if settings.memory_limit is None:
+    limit = settings.memory_limit
+    if limit is None:
         return job, None
-    chosen = search(job, base, settings.memory_limit, (len(settings.seeds),)).choose()
-    rows = validation_rows(job, base, settings.memory_limit) if settings.evaluate_every else settings.rows_at_a_time()
+    chosen = search(job, base, limit, (len(settings.seeds),)).choose()
+    panels = held_bytes(base.decoder, backward=True)
+    held = panels if settings.pack_weights == "on" else 0
+    rows = validation_rows(job, base, limit, held) if settings.evaluate_every else settings.rows_at_a_time()
     lowered = "" if rows == settings.rows_at_a_time() else f", validation {rows} rows at a time"
     changed = {"activations": chosen.way.activations, "micro_batch": chosen.way.micro_batch, "evaluation_batch": rows}
+    if settings.pack_weights == "auto" and not _room(job, base, limit, chosen.peak_bytes, rows, panels):
+        changed["pack_weights"], lowered = "off", f"{lowered}, weights not packed"
     return replace(job, settings=settings.model_copy(update=changed)), f"{chosen}{lowered}"
 
 
-def validation_rows(job: Job, base: BaseModel, limit: int) -> int:
-    """Validation rows of each run that fit at a time, halved from those of the settings; UserError where one does not.
-    A prefix that rows share is computed once for all of them."""
+def _room(job: Job, base: BaseModel, limit: int, peak: int, rows: int, panels: int) -> bool:
+    """Whether panels fit beside training, and beside as many rows of validation."""
+    if not within(limit, peak + panels):
+        return False
+    try:
+        return not job.settings.evaluate_every or validation_rows(job, base, limit, panels) == rows
+    except UserError:
+        return False
+
+
+def validation_rows(job: Job, base: BaseModel, limit: int, held: int = 0) -> int:
+    """Validation rows of each run that fit at a time beside `held` bytes, halved from those of the settings; UserError
+    where one does not. A prefix that rows share is computed once for all of them."""
     settings = job.settings
     sequences = [
         tuple(
@@ -212,7 +230,7 @@ def validation_rows(job: Job, base: BaseModel, limit: int) -> int:
             return count
         largest = {max(packs, key=lambda p: p.num_tokens), max(packs, key=lambda p: p.labels.rows.numel())}
         for probe in (False, True):
-            peak = max(validation_memory(predicted, pack, probe=probe).peak_bytes for pack in largest)
+            peak = held + max(validation_memory(predicted, pack, probe=probe).peak_bytes for pack in largest)
             if not within(limit, peak):
                 break
         else:

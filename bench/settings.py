@@ -104,11 +104,6 @@ class JobSettings(BaseModel):
                 "graphs is on under a memory limit, whose prediction does not include recordings; give graphs auto or "
                 "no memory_limit"
             )
-        if self.pack_weights != "off" and self.memory_limit is not None:
-            raise UserError(
-                "pack_weights is not off under a memory limit, whose prediction does not include what it keeps; give "
-                "pack_weights off or no memory_limit"
-            )
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"seeds {', '.join(map(str, self.seeds))} must be different numbers from 0 on")
         return self

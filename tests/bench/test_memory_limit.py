@@ -26,6 +26,7 @@ from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.batching import packs_of
 from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.errors import UserError
+from peftdyno.engine.panels import held_bytes
 from peftdyno.kernels import memory
 
 
@@ -188,6 +189,34 @@ def test_validation_has_fewer_rows_at_a_time_where_they_would_not_fit(base, tiny
         validation_rows(job, base, 1000)
     roomy = replace(job, settings=job.settings.model_copy(update={"memory_limit": 1 << 40}))
     assert "validation" not in within_limit(roomy, base)[1]
+
+
+@pytest.mark.skipif(not memory.available(), reason="needs the compiled extension, which records allocations")
+def test_panels_count(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Asked for, they leave less to the rest; where they may be kept, nothing gives way to them."""
+    narrow = load_base(str(tiny_model), "bf16", "cpu")
+    held = held_bytes(narrow.decoder, backward=True)
+    if not held:
+        pytest.skip("this processor has no panels")
+
+    def job(**more) -> Job:
+        return job_of(narrow, tiny_data, dtype="bf16", seeds=(1,), batch=6, evaluation_batch=1, **more)
+
+    def chosen(limit: float, choice: str) -> tuple[str, str | None]:
+        limited, said = within_limit(job(memory_limit=int(limit), pack_weights=choice), narrow)
+        return limited.settings.pack_weights, said
+
+    free = search(job(), narrow, 1 << 40, (1,))
+    peak, least = free.choose().peak_bytes, free.least()[1]
+    roomy = 1.02 * (peak + held)
+    assert chosen(roomy, "auto")[0] == "auto" and "keep, micro-batch 6" in chosen(roomy, "on")[1]
+    assert chosen(1.02 * peak, "auto") == ("off", f"{chosen(1.02 * peak, 'off')[1]}, weights not packed")
+    with pytest.raises(UserError, match="or --pack-weights off"):
+        chosen(1.02 * least, "on")
+    tight = int(1.02 * (least + held))
+    packed = job(memory_limit=tight, pack_weights="on")
+    record = run_job(packed, narrow, Places.under(tmp_path, (1,)), Progress())[0]
+    assert least + held // 2 < record.memory.predicted_peak_bytes and record.memory.measured_peak_bytes <= tight
 
 
 def test_a_sweep_splits_its_groups(base, tiny_data: Path, tmp_path: Path) -> None:

@@ -62,7 +62,6 @@ def test_switches_may_be_yamls() -> None:
         (["share_prefix=maybe"], "setting 'share_prefix' is 'maybe'"),
         (["graphs=maybe"], "setting 'graphs' is 'maybe'"),
         (["graphs=on", "memory_limit=1GiB"], "graphs is on under a memory limit"),
-        (["pack_weights=auto", "memory_limit=1GiB"], "pack_weights is not off under a memory limit"),
         (["lora.target_modules=[q_prj]"], "q_prj"),
         (["rank"], "give name=value"),
         (["lora.rank=["], "not readable"),
