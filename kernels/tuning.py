@@ -55,6 +55,30 @@ SHIPPED: dict[str, dict[int, Tile]] = {
 }
 """Kernel and shape class (width of a head) -> architecture -> tile."""
 
+SHIPPED_FP32: dict[str, Tile] = {
+    "attention/64": Tile(32, 32, 8, 1),
+    "attention/128": Tile(32, 16, 8, 1),
+    "attention/256": Tile(32, 32, 8, 1),
+    "attention/decode": Tile(16, 32, 8, 1),
+    "attention_dq/64": Tile(32, 32, 8, 1),
+    "attention_dq/128": Tile(16, 16, 8, 1),
+    "attention_dq/256": Tile(16, 16, 8, 1),
+    "attention_dk/64": Tile(32, 32, 8, 1),
+    "attention_dk/128": Tile(32, 32, 8, 1),
+    "attention_dk/256": Tile(32, 16, 8, 1),
+    "lora_project": Tile(16, 64, 8, 2),
+    "lora_outer": Tile(32, 64, 8, 2),
+    "lora_add": Tile(32, 64, 8, 1),
+    "lora_gemm": Tile(32, 32, 8, 2),
+    "lora_gemm_backward": Tile(32, 32, 8, 2),
+    "rms_norm_down": Tile(16, 64, 4, 2),
+    "glu_down": Tile(16, 64, 4, 2),
+    "nf4_linear": Tile(16, 32, 4, 2),
+    "nf4_linear_backward": Tile(16, 32, 4, 2),
+}
+"""Kernel and shape class -> tile of 32-bit elements on every architecture: they are multiplied in full precision
+without tensor cores, whose operands and sums all lie in registers, and fit 99 KB of shared memory."""
+
 FORMS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("bordered", "plain", "fused"),
     "lora_linear_backward": ("bordered", "plain", "fused"),
@@ -130,10 +154,12 @@ def shipped_for(arch: int) -> int:
     return {9: 90, 10: 100}.get(arch // 10, 80)
 
 
-def tile(kernel: str, device: torch.device) -> Tile:
-    """Launch sizes of a kernel on a device."""
+def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
+    """Launch sizes of a kernel on a device for operands of a dtype; only those of 16 bits are measured."""
     if kernel in _trial:
         return _trial[kernel]
+    if dtype.itemsize > 2:
+        return SHIPPED_FP32[kernel]
     return measured(device).tiles.get(kernel) or SHIPPED[kernel][architecture(device)]
 
 
@@ -228,7 +254,10 @@ def picked(device: torch.device) -> dict[str, str]:
     found, arch = measured(device), architecture(device)
     chosen = {}
     for kernel in SHIPPED:
-        own, why = tile(kernel, device), "measured here" if kernel in found.tiles else f"shipped for sm_{arch}"
+        own, why = (
+            tile(kernel, device, torch.bfloat16),
+            "measured here" if kernel in found.tiles else f"shipped for sm_{arch}",
+        )
         chosen[kernel] = f"{own.rows}x{own.columns}, {own.warps} warps, {own.stages} stages ({why})"
     for operator, forms in FORMS.items():
         chosen[operator] = f"{forms[0]} (default for shapes not measured)"

@@ -66,11 +66,11 @@ class Usage:
 
 
 def cases() -> list[Compiled]:
-    """All variants, in the order of the modules."""
+    """All variants, in the order of the modules; those with matrix products for 32-bit elements too."""
     found: list[Compiled] = []
     for name in MODULES:
         found += importlib.import_module(f"peftdyno.kernels.triton.{name}").COMPILED
-    return found
+    return found + [case.in_fp32() for case in found if "PRECISION" in case.constants]
 
 
 def _attributes(case: Compiled) -> dict[tuple[int, ...], list[list[Any]]]:

@@ -187,9 +187,10 @@ def width_class(head_dim: int) -> int:
     return min((width for width in (64, 128) if head_dim <= width), default=256)
 
 
-def tile(head_dim: int, num_rows: int, device: torch.device) -> Tile:
+def tile(head_dim: int, num_rows: int, like: Tensor) -> Tile:
     """The forward kernel's tile (`columns` are keys) by width of a head and number of rows of the longest segment."""
-    return tuning.tile(f"attention/{'decode' if num_rows <= 16 else width_class(head_dim)}", device)
+    kind = "decode" if num_rows <= 16 else width_class(head_dim)
+    return tuning.tile(f"attention/{kind}", like.device, like.dtype)
 
 
 def _piece(tiles: int, key_heads: int, device: torch.device, longest: int) -> int:
@@ -204,13 +205,13 @@ def _plan(
     chain: Tensor,
     shape: tuple[int, int, int],
     window: int,
-    device: torch.device,
+    like: Tensor,
     split: bool | None = None,
 ) -> tuple[Tile, QueryTiles]:
     """(tile, work list) of the forward pass; `split` says whether keys are divided, None to decide it here."""
     group, key_heads, d = shape
     longest = int(segments[:, 1].max()) * group if len(segments) else 0
-    sizes = tile(d, longest, device)
+    sizes, device = tile(d, longest, like), like.device
     count = int((-(-segments[:, 1] * group // sizes.rows)).sum()) if len(segments) else 0
     if split is None:
         split = _piece(count, key_heads, device, int(chain[:, 1].max()) if len(chain) else 0) > 0
@@ -239,15 +240,15 @@ def forward(
     group = heads // key_heads
     out = with_spare(n, heads * d, spare, q)
     lse = torch.zeros(heads, n, dtype=torch.float32, device=q.device)
-    key = ("forward", group, key_heads, d, window, q.device, tile(d, 1, q.device), tile(d, 128, q.device))
+    key = ("forward", group, key_heads, d, window, q.device, tile(d, 1, q), tile(d, 128, q))
     shape, tables = (group, key_heads, d), replay.active()
     if tables is None:
-        sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, shape, window, q.device))
+        sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, shape, window, q))
     elif tables.any_layout:
-        sizes = tile(d, n * group, q.device)
+        sizes = tile(d, n * group, q)
         tiles = roomy_query_tiles(tables, segments, chain, n, group, sizes.rows, q.device)
     else:  # without the window, whose pieces of keys would grow and shrink in number
-        sizes, tiles = replayed(tables, segments, key, lambda split: _plan(segments, chain, shape, 0, q.device, split))
+        sizes, tiles = replayed(tables, segments, key, lambda split: _plan(segments, chain, shape, 0, q, split))
     if len(tiles.items):
         _launch(q, k, v, (prefix_k, prefix_v), out, lse, sizes, tiles, (scale, window, softcap))
     return out, lse

@@ -219,14 +219,14 @@ def _sum_keys(
     )  # fmt: skip
 
 
-def query_tile(head_dim: int, device: torch.device) -> Tile:
+def query_tile(head_dim: int, like: Tensor) -> Tile:
     """Tile of the pass for dq; `columns` are keys."""
-    return tuning.tile(f"attention_dq/{width_class(head_dim)}", device)
+    return tuning.tile(f"attention_dq/{width_class(head_dim)}", like.device, like.dtype)
 
 
-def key_tile(head_dim: int, device: torch.device) -> Tile:
+def key_tile(head_dim: int, like: Tensor) -> Tile:
     """Tile of the pass for dk and dv: keys (`columns`) stay in registers, rows stream through."""
-    return tuning.tile(f"attention_dk/{width_class(head_dim)}", device)
+    return tuning.tile(f"attention_dk/{width_class(head_dim)}", like.device, like.dtype)
 
 
 def backward(
@@ -255,7 +255,7 @@ def backward(
     dqkv = with_spare(n, (heads + 2 * key_heads) * d, spare, q)
     shape = (0, key_heads, d) if prefix_k is None else prefix_k.shape
     dprefix = [torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in range(2)]
-    rows, keys = query_tile(d, q.device), key_tile(d, q.device)
+    rows, keys = query_tile(d, q), key_tile(d, q)
     by_query = _query_list(segments, chain, n, group, rows, q.device)
     by_key = _key_list(segments, chain, (n, k.shape[0] + shape[0]), group, keys, q.device)
     if by_key.covered < n + shape[0] or int(segments[:, 1].sum()) < n:
@@ -358,7 +358,8 @@ _LOW = NARROW | {100: "UTCHMMA"}
 def _case(name: str, kernel: Any, tile: str, matrix: Mapping[int, str] = WIDE, **options: Any) -> Compiled:
     d = int(tile.split("/")[1])
     constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32", "WINDOW": 0, "CAP": False, "PREFIX": False} | options
-    limits = Limits(registers=255, spills_sm_100=64, matrix=matrix)
+    fp32 = 256 if tile == "attention_dq/256" else 0  # 16 x 16 is the smallest tile that there is
+    limits = Limits(registers=255, spills_sm_100=64, spills_fp32=fp32, matrix=matrix)
     return Compiled(
         name, kernel, types(_QUERY if kernel is _query_gradient else _KEY), constants, limits=limits, tile=tile
     )

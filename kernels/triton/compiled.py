@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peftdyno.kernels.tuning import SHIPPED
+from peftdyno.kernels.tuning import SHIPPED, SHIPPED_FP32
 
 NARROW = {80: "HMMA", 90: "HMMA", 100: "HMMA"}
 """Architecture -> the only tensor-core instructions of a kernel whose tiles are too low, or whose operands come from
@@ -26,6 +26,8 @@ class Limits:
     spills: int = 0
     spills_sm_100: int = 0
     """Accumulators lie in tensor memory there and pass through registers; no GPU of the kind was at hand."""
+    spills_fp32: int = 8
+    """Of the variant for 32-bit elements: a value or two, as the assembler trades them for more programs at a time."""
     shared: int = 227 * 1024
     """With sm_80's tiles it is 99 KB in any case, which is what consumers' GPUs have."""
     matrix: Mapping[int, str] = field(default_factory=dict)
@@ -52,9 +54,27 @@ class Compiled:
         """The case with the tile shipped for an architecture filled in."""
         if not self.tile:
             return self
-        tile = SHIPPED[self.tile][arch]
+        tile = SHIPPED_FP32[self.tile] if self.wide else SHIPPED[self.tile][arch]
         constants = self.constants | dict(zip(self.sizes, (tile.rows, tile.columns), strict=True))
         return replace(self, constants=constants, num_warps=tile.warps, num_stages=tile.stages, tile="")
+
+    @property
+    def wide(self) -> bool:
+        """Whether it multiplies 32-bit elements."""
+        return self.constants.get("PRECISION") == "ieee"
+
+    def in_fp32(self) -> Compiled:
+        """The case for 32-bit elements: in full precision without tensor cores, within what every GPU has."""
+        limits = replace(
+            self.limits, registers=255, spills=self.limits.spills_fp32, spills_sm_100=self.limits.spills_fp32
+        )
+        return replace(
+            self,
+            name=f"{self.name}, fp32",
+            signature={name: kind.replace("bf16", "fp32") for name, kind in self.signature.items()},
+            constants=self.constants | {"PRECISION": "ieee"},
+            limits=replace(limits, shared=99 * 1024, matrix={}),
+        )
 
     @property
     def aligned(self) -> set[str]:

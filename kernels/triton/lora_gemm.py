@@ -72,7 +72,7 @@ def _launch(
         return y
     assert suitable(x, weight, u, factor, y), [t.stride() for t in (x, weight, u, factor, y)]
     narrow = min(64, max(16, triton.next_power_of_2(u.shape[1])))
-    tile = tuning.tile("lora_gemm_backward" if backward else "lora_gemm", x.device)
+    tile = tuning.tile("lora_gemm_backward" if backward else "lora_gemm", x.device, x.dtype)
     rows, columns = tile.rows, tile.columns
     tiles = triton.cdiv(n, rows) * triton.cdiv(out, columns)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
@@ -96,7 +96,7 @@ def _case(name: str, tile: str, weight: str, factor: str, *, narrow: int, backwa
     }  # fmt: skip
     constants = {"DEPTH": DEPTH, "NARROW": narrow, "GROUP": GROUP, "PRECISION": "tf32"}
     constants |= {"BACKWARD": backward, "BIAS": not backward}
-    limits = Limits(registers=255, matrix=WIDE)
+    limits = Limits(registers=255, spills_fp32=64, matrix=WIDE)  # on sm_89, at half of the registers
     return Compiled(name, _product, signature, constants, limits=limits, tile=tile, sizes=("ROWS", "COLUMNS"))
 
 

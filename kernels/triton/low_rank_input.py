@@ -194,7 +194,7 @@ def norm(
     x = _rows(x)
     y, u, rstd = with_spare(n, d, spare, x), x.new_empty(n, modules.columns), x.new_empty(n, dtype=torch.float32)
     h = x.new_empty(0) if residual is None else x.new_empty(n, d)
-    tile = tuning.tile("rms_norm_down", x.device)
+    tile = tuning.tile("rms_norm_down", x.device, x.dtype)
     chunks = row_chunks(run_offsets, tile.rows, x.device)
     if chunks.count:
         more = x if residual is None else _rows(residual)
@@ -224,7 +224,7 @@ def glu(
     modules, factor, drop = _prepared(gate_up, a, run_offsets, dropout, streams, keys)
     assert spare >= modules.spread, (spare, modules.spread)
     y, u = with_spare(n, f, spare, gate_up), gate_up.new_empty(n, modules.columns)
-    tile = tuning.tile("glu_down", y.device)
+    tile = tuning.tile("glu_down", y.device, y.dtype)
     chunks = row_chunks(run_offsets, tile.rows, y.device)
     if chunks.count:
         _glu[(chunks.count,)](

@@ -45,12 +45,19 @@ def test_gpus_with_little_shared_memory_take_the_smallest_tiles(
     assert tuning.architecture(torch.device("cuda")) == arch
 
 
+def test_wide_elements_have_tiles_of_their_own() -> None:
+    assert tuning.SHIPPED_FP32.keys() == tuning.SHIPPED.keys()
+    for kernel, tile in tuning.SHIPPED_FP32.items():
+        assert tuning.tile(kernel, CPU, torch.float32) == tile
+        assert tuning.tile(kernel, CPU, torch.bfloat16) == tuning.SHIPPED[kernel][90]
+
+
 def test_a_trial_ends() -> None:
     tile = Tile(16, 16, 4, 1)
     with tuning.trial("lora_add", tile), tuning.trial_form("lora_linear", "plain"):
-        assert tuning.tile("lora_add", CPU) == tile
+        assert tuning.tile("lora_add", CPU, torch.float16) == tile
         assert tuning.form("lora_linear", (1, 2, 3, 4), CPU) == "plain"
-    assert tuning.tile("lora_add", CPU) == tuning.SHIPPED["lora_add"][90]
+    assert tuning.tile("lora_add", CPU, torch.float16) == tuning.SHIPPED["lora_add"][90]
     assert tuning.form("lora_linear", (1, 2, 3, 4), CPU) == "bordered"
 
 
@@ -102,7 +109,7 @@ def test_every_form_has_a_subject_whose_forms_agree(device: torch.device, triton
 
 def counted(times: Callable[[Tile], float]) -> Any:
     """A timer that reads the tile in force."""
-    return lambda call: times(tuning.tile("lora_add", CPU))
+    return lambda call: times(tuning.tile("lora_add", CPU, torch.float16))
 
 
 def test_tiles_are_climbed_to_the_fastest() -> None:
@@ -120,7 +127,7 @@ def test_tiles_are_climbed_to_the_fastest() -> None:
 
 
 def test_a_tile_with_other_results_is_not_taken() -> None:
-    subject = Subject("lora_add", lambda: torch.full((3,), float(tuning.tile("lora_add", CPU).rows)))
+    subject = Subject("lora_add", lambda: torch.full((3,), float(tuning.tile("lora_add", CPU, torch.float16).rows)))
     entry = tune.fastest_tile(subject, CPU, counted(lambda tile: 1.0 / tile.rows))
     assert entry["tile"].rows == tuning.SHIPPED["lora_add"][90].rows
 
