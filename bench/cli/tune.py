@@ -38,10 +38,16 @@ def command(
 
     device = torch.device("cuda", torch.cuda.current_device())
     sizes = tune_sizes(resolve_config(model or o.DEFAULT_MODEL), tokens=tokens, rank=rank, runs=runs)
-    found = tune.tune(sizes, device, only, report=None if json_output else _say)
+
+    def keep(name: str, entry: dict[str, Any]) -> None:
+        tuning.save(device, {name: entry})
+        if not json_output:
+            _say(name, entry)
+
+    found = tune.tune(sizes, device, only, report=keep)
     if not found:
         raise UserError(f"--only {only}: no kernel's name contains it; see peftdyno env")
-    file = tuning.save(device, found)
+    file = tuning.cache_file(device)
     if json_output:
         print_json(
             {name: entry for name, entry in tuning.picked(device).items() if name in found} | {"file": str(file)}

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.triton.tune_subjects import FormSubject, Subject, TuneSizes, form_subjects, subjects
@@ -28,7 +27,7 @@ MARGIN = 1.02
 Timer = Callable[[Callable[[], Any]], float]
 """Milliseconds of a call."""
 Report = Callable[[str, dict[str, Any]], None]
-"""Told each entry as it is found."""
+"""Told each entry as it is found, so that an interrupt loses no other."""
 
 
 def tune(
@@ -99,7 +98,7 @@ def _trial(choice: AbstractContextManager[None], call: Callable[[], Any], truth:
     with choice:
         try:
             result = call()
-        except (OutOfResources, CompilationError):
+        except TritonError:  # too much memory, no layout, or an assembler that gives up
             return None
         except RuntimeError as error:
             if "PassManager" not in str(error):  # what the compiler raises for a tile that it cannot lay out
@@ -109,15 +108,21 @@ def _trial(choice: AbstractContextManager[None], call: Callable[[], Any], truth:
         return clock(call) if gap < 2 * torch.finfo(result.dtype).eps else None
 
 
+FLUSH = 256 * 2**20
+"""Bytes written before each timed call: more than any L2 cache holds."""
+
+
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
-    """Median time of a call on the device."""
+    """Median time of a call on the device that finds none of its operands in the L2 cache, as in a step of training."""
     if device.type != "cuda":
         raise ValueError("kernels are tuned on a CUDA device; this machine has none")
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    others = torch.empty(FLUSH, dtype=torch.uint8, device=device)
     call()
     torch.cuda.synchronize()
     torch.cuda._sleep(5_000_000)
     for start, end in pairs:
+        others.zero_()
         start.record()
         call()
         end.record()

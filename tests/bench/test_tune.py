@@ -63,6 +63,16 @@ def test_what_it_finds_is_kept_and_shown(shell: Any, tmp_path: Path, monkeypatch
     kept = json.loads(tuning.cache_file(torch.device("cuda", 0)).read_text())
     assert kept[name]["form"] == "plain" and kept["lora_add"]["tile"]["rows"] == 64
     assert json.loads(shell("tune", "--only", "add", "--json").out).keys() == {"lora_add", "file"}
+
+    def interrupted(sizes: Any, device: Any, only: str, *, report: Any) -> dict[str, Any]:
+        report("lora_outer", {"tile": Tile(64, 64, 8, 2), "ms": 0.5, "shipped_ms": 0.7})
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(tune, "tune", interrupted)
+    with pytest.raises(RuntimeError, match="gone"):
+        shell("tune")
+    assert tuning.measured(torch.device("cuda", 0)).tiles["lora_outer"] == Tile(64, 64, 8, 2), "kept as it was found"
+    monkeypatch.setattr(tune, "tune", fake)
     wrong = shell("tune", "--only", "nothing")
     assert wrong.status == 2 and "--only nothing" in wrong.err
 

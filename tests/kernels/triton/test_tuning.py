@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from peftdyno.kernels import tuning
 from peftdyno.kernels.triton import tune
@@ -130,6 +131,17 @@ def test_a_tile_with_other_results_is_not_taken() -> None:
     subject = Subject("lora_add", lambda: torch.full((3,), float(tuning.tile("lora_add", CPU, torch.float16).rows)))
     entry = tune.fastest_tile(subject, CPU, counted(lambda tile: 1.0 / tile.rows))
     assert entry["tile"].rows == tuning.SHIPPED["lora_add"][90].rows
+
+
+@pytest.mark.parametrize("error", [PTXASError("out of registers"), OutOfResources(300_000, 232_448, "shared memory")])
+def test_a_tile_that_cannot_be_built_is_passed_over(error: Exception) -> None:
+    def call() -> torch.Tensor:
+        if tuning.tile("lora_add", CPU, torch.float16) != tuning.SHIPPED["lora_add"][90]:
+            raise error
+        return torch.ones(3)
+
+    entry = tune.fastest_tile(Subject("lora_add", call), CPU, counted(lambda tile: 1.0 / tile.rows))
+    assert entry["tile"] == tuning.SHIPPED["lora_add"][90]
 
 
 def test_the_fastest_right_form_is_taken() -> None:
