@@ -82,7 +82,7 @@ def forward(
     pack(a, b, modules, down, up)
     u = project(x, down, modules, run_offsets, by_run, of_b=False, dropout=drop)
     own = u if by_run is None else by_run
-    if form == "fused" and lora_gemm.suitable(x, weight, own, up) and _aligned(x, weight.shape[0] + spare):
+    if form == "fused" and _fusable(weight.shape[0] + spare, x, weight, own, up):
         return lora_gemm.product(x, weight, own, up, bias, spare), u
     y = with_spare(x.shape[0], weight.shape[0], spare, x)
     return _product(x, weight, bias, y).addmm_(own, up.t()), u
@@ -133,9 +133,11 @@ def _form(operator: str, x: Tensor, weight: Tensor, modules: Modules) -> str:
     return tuning.form(operator, (x.shape[0], columns, out, modules.spread), x.device)
 
 
-def _aligned(x: Tensor, columns: int) -> bool:
-    """Whether rows of so many elements start at multiples of 16 bytes."""
-    return columns * x.element_size() % 16 == 0
+def _fusable(columns: int, *operands: Tensor) -> bool:
+    """Whether one Triton product serves rows of so many elements: they too start at multiples of 16 bytes, and all is
+    of 16 bits, for which tiles are chosen; those of fp32 would not fit in shared memory."""
+    size = operands[0].element_size()
+    return size == 2 and columns * size % 16 == 0 and lora_gemm.suitable(*operands)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def backward(
         stacked = weight.as_strided((weight.shape[0] + border, weight.shape[1]), weight.stride())
         return torch.mm(_widened(dy, border), stacked), da, db
     own = du if wide is None else wide
-    if form == "fused" and lora_gemm.suitable(dy, weight, own, down) and _aligned(dy, weight.shape[1]):
+    if form == "fused" and _fusable(weight.shape[1], dy, weight, own, down):
         return lora_gemm.product_backward(dy, weight, own, down), da, db
     dx = torch.mm(dy, weight)
     if drop is not None:
