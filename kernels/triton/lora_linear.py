@@ -135,7 +135,7 @@ def _form(operator: str, x: Tensor, weight: Tensor, modules: Modules) -> str:
 
 def _fusable(columns: int, *operands: Tensor) -> bool:
     """Whether one Triton product serves rows of so many elements: they too start at multiples of 16 bytes, and all is
-    of 16 bits, for which tiles are chosen; those of fp32 would not fit in shared memory."""
+    of 16 bits, in which forms are measured; in fp32 it would have no tensor cores."""
     size = operands[0].element_size()
     return size == 2 and columns * size % 16 == 0 and lora_gemm.suitable(*operands)
 

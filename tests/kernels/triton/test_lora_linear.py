@@ -108,8 +108,7 @@ ALIGNED = Case((0, 16, 48), 128, 64, ((8, 0, 32), (8, 32, 64)))
 def test_a_chosen_form_runs_where_the_operands_allow_it(
     case: Case, dtype: torch.dtype, form: str, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both directions in each form, against the reference; odd shapes, and tiles of fp32 that would not fit in shared
-    memory, go to the next form that takes them."""
+    """Both directions in each form, against the reference; odd shapes and fp32 go to the next form that takes them."""
     launches: list[str] = []
     for name in ("product", "product_backward"):
         plain = getattr(lora_gemm, name)
