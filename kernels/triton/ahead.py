@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,18 @@ def measure(case: Compiled, arch: int) -> Usage:
     return Usage(case.name, arch, registers, spills, shared, matrix, tuple(n for n, bad in checks.items() if bad))
 
 
+def _measure(place: tuple[int, int]) -> Usage:
+    number, arch = place
+    return measure(cases()[number], arch)
+
+
+def measured(only: str, architectures: Sequence[int]) -> list[Usage]:
+    """Of every case whose name has `only` in it, on every architecture; a process a core."""
+    places = [(i, arch) for i, case in enumerate(cases()) if only in case.name for arch in architectures]
+    with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), max(1, len(places)))) as pool:
+        return pool.map(_measure, places, chunksize=1)
+
+
 def table(usages: list[Usage]) -> str:
     """One line a kernel and architecture."""
     lines = [f"{'kernel':<34}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}  tensor cores"]
@@ -146,8 +161,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of the kernel's name")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    chosen = [case for case in cases() if options.only in case.name]
-    usages = [measure(case, arch) for case in chosen for arch in options.arch or ARCHITECTURES]
+    usages = measured(options.only, options.arch or ARCHITECTURES)
     print(f"triton {triton.__version__}\n{table(usages)}")
     if options.json:
         options.json.write_text(json.dumps([asdict(u) for u in usages], indent=1))

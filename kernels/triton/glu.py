@@ -32,10 +32,10 @@ def activation(gate, SILU: tl.constexpr):
         s = 1.0 / (1.0 + tl.exp(-gate))
         return gate * s, s * (1.0 + gate * (1.0 - s))
     else:
-        near = tl.minimum(tl.maximum(gate, -30.0), 30.0)  # beyond, t is 1 or -1
-        t = _tanh(0.7978845608028654 * (near + 0.044715 * near * near * near))
-        slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * near * near)
-        return 0.5 * gate * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * near * (1.0 - t * t) * slope
+        square = tl.minimum(gate * gate, 900.0)  # beyond, t is 1 or -1
+        t = _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * square))
+        slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * square)
+        return 0.5 * gate * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * gate * (1.0 - t * t) * slope
 
 
 @triton.jit
