@@ -40,3 +40,14 @@ def choose(name: str, implementations: Mapping[str, Any], device: torch.device) 
     if _choice not in implementations:
         raise RuntimeError(f"operator {name} has no '{_choice}' implementation; it has {', '.join(implementations)}")
     return _choice
+
+
+def explain(name: str, implementations: Mapping[str, Any], device: torch.device) -> str:
+    """Which implementation of operator `name` runs on `device`, and why: what `peftdyno env` shows."""
+    taken = choose(name, implementations, device)
+    if _choice != "auto":
+        return f"{taken} (chosen by --kernels)"
+    if taken == "reference":
+        fast = "triton" if device.type == "cuda" else "cpu"
+        return f"reference (plain PyTorch: there is no '{fast}' implementation here)"
+    return f"{taken} (made for {device.type})"

@@ -23,6 +23,7 @@ def command(json_output: o.Json = False) -> None:
         "git": machine.git(),
         "cpu_kernels": describe(),
         "gpu_kernels": _gpu_kernels(),
+        "operators": _operators(),
         "model_cache": str(cache_folder()),
     }
     if json_output:
@@ -48,3 +49,20 @@ def _gpu_kernels() -> dict[str, str] | str:
         return "none: Triton is not installed; operators run as plain PyTorch"
     device = torch.device("cuda", torch.cuda.current_device())
     return {"choices": str(tuning.cache_file(device)), **tuning.picked(device)}
+
+
+def _operators() -> dict[str, str]:
+    """The implementation that each operator takes on this machine's fastest device, with why."""
+    import importlib
+    import pkgutil
+
+    import torch
+
+    from peftdyno import kernels
+    from peftdyno.kernels import dispatch
+    from peftdyno.kernels.library import PRIMITIVES
+
+    for module in pkgutil.iter_modules(kernels.__path__, "peftdyno.kernels."):
+        importlib.import_module(module.name)  # which registers its operators
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: dispatch.explain(name, made.implementations, device) for name, made in sorted(PRIMITIVES.items())}

@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from peftdyno.bench import cli
 from peftdyno.bench.cli import PANELS
+from peftdyno.kernels import dispatch
+from peftdyno.kernels.library import PRIMITIVES
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = cli._commands()
@@ -45,6 +48,31 @@ def test_listings(name: str, shell) -> None:
     assert plain.status == 0 and parsed
     names = [entry["name"] for entry in parsed] if isinstance(parsed, list) else list(parsed)
     assert all(entry.split("-")[0] in plain.out for entry in names)
+
+
+def test_env_says_which_implementation_each_operator_takes(shell) -> None:
+    operators, table = shell("env", "--json").json["operators"], shell("env").out
+    assert operators.keys() == PRIMITIVES.keys() > {"attention", "adamw_", "lora_terms_", "nf4_absmax"}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, primitive in PRIMITIVES.items():
+        taken = dispatch.choose(name, primitive.implementations, device)
+        assert operators[name].startswith(f"{taken} (") and f"operators.{name}" in table
+
+
+@pytest.mark.parametrize(
+    ("choice", "made", "device", "said"),
+    [
+        ("auto", "triton", "cuda", "triton (made for cuda)"),
+        ("auto", "triton", "cpu", "reference (plain PyTorch: there is no 'cpu' implementation here)"),
+        ("auto", "cpu", "cuda", "reference (plain PyTorch: there is no 'triton' implementation here)"),
+        ("reference", "cpu", "cpu", "reference (chosen by --kernels)"),
+    ],
+)
+def test_an_implementation_is_explained(
+    choice: str, made: str, device: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_choice", choice)
+    assert dispatch.explain("glu", {"reference": None, made: None}, torch.device(device)) == said
 
 
 def test_unknown_instruction_set_is_one_line() -> None:
