@@ -72,7 +72,7 @@ def test_untuned_takes_what_ships(subjects: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(tuning, "_cache_file", lambda device, home: Path("none"))
     monkeypatch.setattr(tuning, "_measured", lambda file: tuning.Measured(tiles={"lora_add": mine}))
-    assert tuning.tile("lora_add", cuda) == mine
+    assert tuning.tile("lora_add", cuda, torch.bfloat16) == mine
     with tuning.untuned():
-        assert tuning.tile("lora_add", cuda) == tuning.SHIPPED["lora_add"][90]
-    assert tuning.tile("lora_add", cuda) == mine
+        assert tuning.tile("lora_add", cuda, torch.bfloat16) == tuning.SHIPPED["lora_add"][90]
+    assert tuning.tile("lora_add", cuda, torch.bfloat16) == mine
