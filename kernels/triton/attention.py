@@ -28,6 +28,8 @@ from peftdyno.kernels.triton.compiled import NARROW, WIDE, Compiled, Limits
 from peftdyno.kernels.tuning import Tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+DECODE_ROWS = 16
+"""Most rows of a segment for which the tile is that of decoding."""
 PIECE = 512
 """Keys of one part where a tile is divided."""
 
@@ -187,10 +189,17 @@ def width_class(head_dim: int) -> int:
     return min((width for width in (64, 128) if head_dim <= width), default=256)
 
 
+def tile_name(head_dim: int, num_rows: int) -> str:
+    """Entry of the forward kernel's tile by width of a head and number of rows of the longest segment."""
+    width = width_class(head_dim)
+    if num_rows > DECODE_ROWS:
+        return f"attention/{width}"
+    return "attention/decode/256" if width == 256 else "attention/decode"
+
+
 def tile(head_dim: int, num_rows: int, like: Tensor) -> Tile:
-    """The forward kernel's tile (`columns` are keys) by width of a head and number of rows of the longest segment."""
-    kind = "decode" if num_rows <= 16 else width_class(head_dim)
-    return tuning.tile(f"attention/{kind}", like.device, like.dtype)
+    """The forward kernel's tile; `columns` are keys."""
+    return tuning.tile(tile_name(head_dim, num_rows), like.device, like.dtype)
 
 
 def _piece(tiles: int, key_heads: int, device: torch.device, longest: int) -> int:
@@ -311,7 +320,7 @@ def _case(name: str, d: int, kind: str = "", store: str = "*bf16", **options: An
     constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32"}
     constants |= {"WINDOW": 0, "CAP": False, "PREFIX": False, "SPLIT": False} | options
     spills = 96 if d == 256 else 0  # smaller tiles would not use Hopper's wide products
-    matrix = NARROW if kind == "decode" else WIDE
+    matrix = NARROW if kind.startswith("decode") else WIDE
     limits = Limits(registers=255, spills=spills, spills_sm_100=64, matrix=matrix)
     return Compiled(name, _forward, types(_FORWARD, store), constants, limits=limits, tile=f"attention/{kind or d}")
 
@@ -322,6 +331,7 @@ COMPILED = [
     _case("attention, prefix", 128, PREFIX=True),
     _case("attention, window and softcap", 256, WINDOW=1024, CAP=True),
     _case("attention, decode", 128, "decode", "*fp32", SPLIT=True),
+    _case("attention, decode, 256 wide", 256, "decode/256", "*fp32", SPLIT=True),
     Compiled(
         "attention, combine",
         _combine,

@@ -20,6 +20,9 @@ from peftdyno.kernels.triton import low_rank_input as low_rank_kernels
 from peftdyno.kernels.triton.attention_library import runnable
 from peftdyno.kernels.triton.low_rank import modules_of
 
+DECODED = 8
+"""Sequences that are decoded together where the tile for it is tuned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
@@ -144,11 +147,25 @@ def _attention(sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
     options = (None, None, segments, chain, d**-0.5, 0, 0.0, 0)
     kind = attention.width_class(d)
     yield Subject(f"attention/{kind}", lambda: attention.forward(q, k, v, *options)[0])
+    yield from _decoding(q, k, v, sizes)
     out, lse = attention.forward(q, k, v, *options)
     dout = draw.rows(n, heads * d)
     backward = lambda: attention_backward.backward(dout, q, k, v, None, None, out, lse, *options[2:])[0]  # noqa: E731
     yield Subject(f"attention_dq/{kind}", backward)
     yield Subject(f"attention_dk/{kind}", backward)
+
+
+def _decoding(q: Tensor, k: Tensor, v: Tensor, sizes: TuneSizes) -> Iterator[Subject]:
+    """One query each of sequences that share the keys among them, where a group's heads fit the rows of its tile."""
+    if sizes.heads // sizes.key_heads > attention.DECODE_ROWS:
+        return
+    count = min(DECODED, sizes.tokens)
+    length = sizes.tokens // count
+    segments = torch.tensor([[i, 1, i, i + 1] for i in range(count)], dtype=torch.int32)
+    chain = torch.tensor([[i * length, length, 0] for i in range(count)], dtype=torch.int32)
+    options = (None, None, segments, chain, sizes.head_dim**-0.5, 0, 0.0, 0)
+    name = attention.tile_name(sizes.head_dim, 1)
+    yield Subject(name, lambda: attention.forward(q[:count], k, v, *options)[0])
 
 
 def form_subjects(sizes: TuneSizes, device: torch.device) -> Iterator[FormSubject]:

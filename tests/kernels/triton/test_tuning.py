@@ -9,7 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from peftdyno.kernels import tuning
-from peftdyno.kernels.triton import tune
+from peftdyno.kernels.triton import attention, tune
 from peftdyno.kernels.triton.tune_subjects import FormSubject, Product, Subject, TuneSizes, form_subjects, subjects
 from peftdyno.kernels.tuning import Tile
 
@@ -89,7 +89,7 @@ def test_measured_choices_hold_for_their_shape_class_only(monkeypatch: pytest.Mo
 
 def test_every_tile_has_a_subject(device: torch.device) -> None:
     names = {subject.kernel for subject in subjects(SIZES, device)}
-    others = {name for name in tuning.SHIPPED if name.split("/")[-1] in ("128", "256", "decode")}
+    others = {name for name in tuning.SHIPPED if name.split("/")[-1] in ("128", "256")}
     assert names == set(tuning.SHIPPED) - others
     for kernel, tiles in tuning.SHIPPED.items():
         found = tune.neighbours(tiles[90])
@@ -131,6 +131,18 @@ def test_a_tile_with_other_results_is_not_taken() -> None:
     subject = Subject("lora_add", lambda: torch.full((3,), float(tuning.tile("lora_add", CPU, torch.float16).rows)))
     entry = tune.fastest_tile(subject, CPU, counted(lambda tile: 1.0 / tile.rows))
     assert entry["tile"].rows == tuning.SHIPPED["lora_add"][90].rows
+
+
+def test_decoding_is_tuned_by_its_own_tile(device: torch.device) -> None:
+    """The call takes the tile under trial, which has no part in the other widths."""
+    (decode,) = [s for s in subjects(SIZES, device) if s.kernel == "attention/decode"]
+    truth, calls = decode.call(), []
+    for tile in (Tile(16, 16, 4, 1), Tile(32, 32, 4, 2)):
+        with tuning.trial("attention/decode", tile):
+            torch.testing.assert_close(decode.call(), truth)
+            calls.append(attention.tile(SIZES.head_dim, 2, truth))
+        assert calls[-1] == tile
+    assert truth.shape == (8, SIZES.heads * SIZES.head_dim)
 
 
 @pytest.mark.parametrize("error", [PTXASError("out of registers"), OutOfResources(300_000, 232_448, "shared memory")])
