@@ -312,7 +312,10 @@ def test_demo_ends_with_the_table_and_is_done_at_once_the_second_time(shell, tmp
 @pytest.mark.slow
 def test_interrupt_is_one_line_and_goes_on(shell, tmp_path: Path) -> None:
     line = ["train", "-t", "sst2", *map(str, shell.job("--out", tmp_path, "--steps", 2000))]
-    child = subprocess.Popen([sys.executable, "-m", "peftdyno.bench", *line], stderr=subprocess.PIPE, text=True)
+    heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - tests in the background inherit SIG_IGN
+    child = subprocess.Popen(
+        [sys.executable, "-m", "peftdyno.bench", *line], stderr=subprocess.PIPE, text=True, preexec_fn=heeded
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
