@@ -190,19 +190,19 @@ def within_limit(job: Job, base: BaseModel) -> tuple[Job, str | None]:
     limit = settings.memory_limit
     if limit is None:
         return job, None
-    chosen = search(job, base, limit, (len(settings.seeds),)).choose()
-    panels = held_bytes(base.decoder, backward=True)
-    held = panels if settings.pack_weights == "on" else 0
-    rows = validation_rows(job, base, limit, held) if settings.evaluate_every else settings.rows_at_a_time()
+    found = search(job, base, limit, (len(settings.seeds),))
+    chosen = found.choose()
+    rows = validation_rows(job, base, limit, found.held) if settings.evaluate_every else settings.rows_at_a_time()
     lowered = "" if rows == settings.rows_at_a_time() else f", validation {rows} rows at a time"
     changed = {"activations": chosen.way.activations, "micro_batch": chosen.way.micro_batch, "evaluation_batch": rows}
-    if settings.pack_weights == "auto" and not _room(job, base, limit, chosen.peak_bytes, rows, panels):
+    if settings.pack_weights == "auto" and not _room(job, base, limit, chosen.peak_bytes, rows):
         changed["pack_weights"], lowered = "off", f"{lowered}, weights not packed"
     return replace(job, settings=settings.model_copy(update=changed)), f"{chosen}{lowered}"
 
 
-def _room(job: Job, base: BaseModel, limit: int, peak: int, rows: int, panels: int) -> bool:
+def _room(job: Job, base: BaseModel, limit: int, peak: int, rows: int) -> bool:
     """Whether panels fit beside training, and beside as many rows of validation."""
+    panels = held_bytes(base.decoder, backward=True)
     if not within(limit, peak + panels):
         return False
     try:

@@ -18,7 +18,16 @@ from torch import Tensor
 from peftdyno.kernels import replay, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import attention_library as library
-from peftdyno.kernels.triton.attention import LOG2_E, key_bounds, prefix_rows, score, types, visible, width_class
+from peftdyno.kernels.triton.attention import (
+    LOG2_E,
+    key_block,
+    key_bounds,
+    prefix_rows,
+    score,
+    types,
+    visible,
+    width_class,
+)
 from peftdyno.kernels.triton.attention_tables import (
     KeyTiles,
     QueryTiles,
@@ -45,9 +54,8 @@ def _query_steps(
     for n0 in range(low, high, BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         mask = (n < high)[None, :] & (column < D)[:, None]
-        row = n.to(tl.int64)[None, :]
-        keys = tl.load(k + row * k_stride + column[:, None], mask=mask, other=0.0)
-        values = tl.load(v + row * v_stride + column[:, None], mask=mask, other=0.0)
+        keys = tl.load(key_block(k, n0, k_stride, BLOCK, WIDTH, False), mask=mask, other=0.0)
+        values = tl.load(key_block(v, n0, v_stride, BLOCK, WIDTH, False), mask=mask, other=0.0)
         s, t = score(q, keys, scale, softcap, CAP, PRECISION)
         p = tl.exp2(s - lse[:, None])
         p = tl.where(visible(query_position[:, None], n[None, :], position, high, WINDOW), p, 0.0)
@@ -113,10 +121,12 @@ def _key_steps(
     for m0 in range(low, high, ROWS):
         m = m0 + tl.arange(0, ROWS)
         query, head = m // G, m % G
-        token = (start + query).to(tl.int64)
+        token, first = (start + query).to(tl.int64), tl.cast(start + m0 // G, tl.int64)
+        near = (query - m0 // G)[:, None]  # far by a scalar, near by 32 bits
         mask = (m < high)[:, None] & (column < D)[None, :]
-        rows = tl.load(q + token[:, None] * q_stride + head[:, None] * q_head + column, mask=mask, other=0.0)
-        grad = tl.load(dout + token[:, None] * dout_stride + head[:, None] * D + column, mask=mask, other=0.0)
+        at_q = q + first * q_stride + (near * q_stride + head[:, None] * q_head + column)
+        at_dout = dout + first * dout_stride + (near * dout_stride + head[:, None] * D + column)
+        rows, grad = tl.load(at_q, mask=mask, other=0.0), tl.load(at_dout, mask=mask, other=0.0)
         sums = tl.load(lse + head * num_rows + token, mask=m < high, other=float("inf"))
         d = tl.load(delta + head * num_rows + token, mask=m < high, other=0.0)
         s, t = score(keys, tl.trans(rows), scale, softcap, CAP, PRECISION)
@@ -358,7 +368,7 @@ _LOW = NARROW | {100: "UTCHMMA"}
 def _case(name: str, kernel: Any, tile: str, matrix: Mapping[int, str] = WIDE, **options: Any) -> Compiled:
     d = int(tile.split("/")[1])
     constants = {"G": 4, "D": d, "WIDTH": d, "PRECISION": "tf32", "WINDOW": 0, "CAP": False, "PREFIX": False} | options
-    fp32 = 256 if tile == "attention_dq/256" else 0  # 16 x 16 is the smallest tile that there is
+    fp32 = 256 if tile == "attention_dq/256" else 32  # 16 x 16 is the smallest tile that there is
     limits = Limits(registers=255, spills_sm_100=64, spills_fp32=fp32, matrix=matrix)
     return Compiled(
         name, kernel, types(_QUERY if kernel is _query_gradient else _KEY), constants, limits=limits, tile=tile

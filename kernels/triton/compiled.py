@@ -23,11 +23,13 @@ class Limits:
     """Most registers a thread, spilled bytes and bytes of shared memory; `matrix`: its tensor-core instructions."""
 
     registers: int = 128
-    spills: int = 0
-    spills_sm_100: int = 0
+    spills: int = 16
+    """Four values a thread: the assembler trades so many of its own accord for more programs at a time, another set of
+    kernels in each of its versions. Kernels whose tile is too large for their registers spill hundreds of bytes."""
+    spills_sm_100: int = 16
     """Accumulators lie in tensor memory there and pass through registers; no GPU of the kind was at hand."""
-    spills_fp32: int = 8
-    """Of the variant for 32-bit elements: a value or two, as the assembler trades them for more programs at a time."""
+    spills_fp32: int = 32
+    """Of the variant for 32-bit elements, which takes more registers."""
     shared: int = 227 * 1024
     """With sm_80's tiles it is 99 KB in any case, which is what consumers' GPUs have."""
     matrix: Mapping[int, str] = field(default_factory=dict)
@@ -49,6 +51,8 @@ class Compiled:
     limits: Limits = field(default_factory=Limits)
     tile: str = ""
     sizes: tuple[str, str] = ("ROWS", "BLOCK")
+    fp32: dict[str, Any] = field(default_factory=dict)
+    """Constants that differ for 32-bit elements."""
 
     def on(self, arch: int) -> Compiled:
         """The case with the tile shipped for an architecture filled in."""
@@ -72,7 +76,7 @@ class Compiled:
             self,
             name=f"{self.name}, fp32",
             signature={name: kind.replace("bf16", "fp32") for name, kind in self.signature.items()},
-            constants=self.constants | {"PRECISION": "ieee"},
+            constants=self.constants | {"PRECISION": "ieee"} | self.fp32,
             limits=replace(limits, shared=99 * 1024, matrix={}),
         )
 
@@ -80,4 +84,4 @@ class Compiled:
     def aligned(self) -> set[str]:
         """Integer arguments that are multiples of 16 at full size: widths and strides."""
         widths = {"D", "F", "V", "K", "N", "width", "columns"}
-        return {n for n, t in self.signature.items() if t == "i32" and (n in widths or n.endswith("stride"))}
+        return {n for n, t in self.signature.items() if t == "i32" and (n in widths or n.endswith(("stride", "_head")))}

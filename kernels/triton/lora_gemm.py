@@ -96,7 +96,7 @@ def _case(name: str, tile: str, weight: str, factor: str, *, narrow: int, backwa
     }  # fmt: skip
     constants = {"DEPTH": DEPTH, "NARROW": narrow, "GROUP": GROUP, "PRECISION": "tf32"}
     constants |= {"BACKWARD": backward, "BIAS": not backward}
-    limits = Limits(registers=255, spills_fp32=64, matrix=WIDE)  # on sm_89, at half of the registers
+    limits = Limits(registers=255, spills_fp32=80, matrix=WIDE)  # on sm_89, at half of the registers
     return Compiled(name, _product, signature, constants, limits=limits, tile=tile, sizes=("ROWS", "COLUMNS"))
 
 

@@ -23,9 +23,9 @@ from peftdyno.kernels.triton.row_chunks import row_chunks, sum_chunks
 
 OUTER_CHUNK = 1024
 """Tokens over which one program sums dA or dB."""
-PROJECT_PIECE, PIECE = 128, 64
+PROJECT_PIECE, PIECE, PIECE_FP32 = 128, 64, 32
 """Ranks that are multiplied at a time: more would spill. A projection reads its rows again for each piece, so it takes
-as many as it can."""
+as many as it can. On sm_100 Triton 3.6 rounds 32-bit operands of 64 rows and more to tf32, whatever is asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Dropout:
 
 @triton.jit
 def _project(
-    source, factor, narrow, wide, table, modules, streams, keys, K, source_stride, factor_p, factor_k,
+    source, factor, narrow, wide, table, modules, streams, keys, K, source_stride, rank_stride, depth_stride,
     narrow_stride, wide_stride, num_runs, limit, kept,
     OWN_COLUMNS: tl.constexpr, DROP: tl.constexpr, WIDE: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,27 +58,30 @@ def _project(
     start, stop = tl.load(table + 3 * chunk), tl.load(table + 3 * chunk + 1)
     run = tl.load(table + 3 * chunk + 2)
     rank, p0 = field(modules, m, 0, ALIGNED), field(modules, m, 2, ALIGNED)
-    rows, r = start + tl.arange(0, TOKENS), tl.program_id(0) % PIECES * RANK + tl.arange(0, RANK)
+    r0 = tl.program_id(0) % PIECES * RANK
+    rows, r = start + tl.arange(0, TOKENS), r0 + tl.arange(0, RANK)
     row = rows.to(tl.int64)[:, None]
     here = (rows < stop)[:, None]
     if OWN_COLUMNS:
         first = field(modules, m, 3, ALIGNED)
         length = field(modules, m, 4, ALIGNED) - first
         source += first
-        factor += first.to(tl.int64) * factor_k
+        factor += first.to(tl.int64) * depth_stride
     else:
         length = K
     if DROP:
         stream = tl.load(streams + rows, mask=rows < stop, other=0)
         key = tl.load(keys + m * num_runs + run)
-    p = (p0 + run * rank + r).to(tl.int64)
+    # Far into the factor by a scalar, from there by 32 bits: pointers of a whole tile would take twice the registers.
+    factor += (p0 + run * rank + r0).to(tl.int64) * rank_stride
+    near = tl.arange(0, RANK)[None, :] * rank_stride + tl.arange(0, BLOCK)[:, None] * depth_stride
     total = tl.zeros([TOKENS, RANK], tl.float32)
     for k0 in range(0, length, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
         x = tl.load(source + row * source_stride + k[None, :], mask=here & (k < length)[None, :], other=0.0)
         if DROP:
             x = tl.where(keep(stream, key, k0, limit, BLOCK), x, 0.0)
-        at = factor + p[None, :] * factor_p + k[:, None].to(tl.int64) * factor_k
+        at = factor + tl.cast(k0, tl.int64) * depth_stride + near
         f = tl.load(at, mask=(k < length)[:, None] & (r < rank)[None, :], other=0.0)
         total = tl.dot(x, f, total, input_precision=PRECISION)
     value = (total * kept).to(narrow.dtype.element_ty)
@@ -175,8 +178,9 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def _pieces(rank: int, most: int) -> dict[str, int]:
+def _pieces(rank: int, most: int, itemsize: int = 2) -> dict[str, int]:
     """A padded rank in pieces of at most so many: the kernels' constants."""
+    most = most if itemsize == 2 else min(most, PIECE_FP32)
     return {"RANK": min(rank, most), "PIECES": triton.cdiv(rank, most)}
 
 
@@ -199,7 +203,7 @@ def project(
     tile = tuning.tile("lora_project", x.device, x.dtype)
     chunks = row_chunks(runs, tile.rows, x.device)
     strides = (factor.stride(1), factor.stride(0)) if of_b else factor.stride()
-    pieces = _pieces(modules.rank, PROJECT_PIECE)
+    pieces = _pieces(modules.rank, PROJECT_PIECE, x.itemsize)
     if chunks.count:
         _project[(len(modules.ranks) * pieces["PIECES"], chunks.count)](
             x, factor, u, u if wide is None else wide, chunks.table, modules.table,
@@ -233,7 +237,7 @@ def outer(
     chunks = row_chunks(runs, OUTER_CHUNK, right.device)
     partials = left.new_empty(chunks.count, width, dtype=torch.float32)
     factors = modules.scaling if of_b else torch.full_like(modules.scaling, 1.0 if dropout is None else dropout.kept)
-    pieces = _pieces(modules.rank, PIECE)
+    pieces = _pieces(modules.rank, PIECE, right.itemsize)
     longest = max(stop - start for start, stop in modules.rows) if of_b else k
     if chunks.count:
         _outer[(triton.cdiv(longest, tile.columns), len(modules.ranks) * pieces["PIECES"], chunks.count)](
@@ -257,7 +261,7 @@ def add_masked(dx: Tensor, du: Tensor, down: Tensor, modules: Modules, runs: Seq
         _add_masked[(triton.cdiv(k, tile.columns), chunks.count)](
             dx, du, down, chunks.table, modules.table, dropout.streams, dropout.keys, k, len(modules.ranks),
             modules.num_runs, dx.stride(0), du.stride(0), down.stride(0), dropout.limit, dropout.kept,
-            **_pieces(modules.rank, PIECE), TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned,
+            **_pieces(modules.rank, PIECE, dx.itemsize), TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned,
             PRECISION=_precision(dx), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -269,7 +273,7 @@ def _types(names: str, **others: str) -> dict[str, str]:
 
 def _cases() -> list[Compiled]:
     project_types = _types(
-        "source factor narrow wide table modules streams keys K source_stride factor_p factor_k narrow_stride"
+        "source factor narrow wide table modules streams keys K source_stride rank_stride depth_stride narrow_stride"
         " wide_stride num_runs limit kept",
         source="*bf16", factor="*bf16", narrow="*bf16", wide="*bf16",
     )  # fmt: skip
@@ -283,20 +287,25 @@ def _cases() -> list[Compiled]:
     )  # fmt: skip
 
     def case(name: str, rank: int, kernel: Any, types: dict[str, str], tile: str, **options: Any) -> Compiled:
-        pieces = _pieces(rank, PROJECT_PIECE if kernel is _project else PIECE)
-        constants = pieces | {"ALIGNED": True, "PRECISION": "tf32"} | options
+        most = PROJECT_PIECE if kernel is _project else PIECE
+        constants = _pieces(rank, most) | {"ALIGNED": True, "PRECISION": "tf32"} | options
         wide = kernel is _add_masked or (kernel is _outer and rank >= 64)
-        limits = Limits(registers=255, spills_sm_100=8 if rank > PIECE else 0, matrix=WIDE if wide else NARROW)
+        limits = Limits(registers=255, matrix=WIDE if wide else NARROW)
         name = f"lora: {name}, rank {rank}"
-        return Compiled(name, kernel, types, constants, limits=limits, tile=tile, sizes=("TOKENS", "BLOCK"))
+        return Compiled(
+            name, kernel, types, constants, limits=limits, tile=tile, sizes=("TOKENS", "BLOCK"),
+            fp32=_pieces(rank, most, 4),
+        )  # fmt: skip
+
+    def project_case(name: str, rank: int, **options: Any) -> Compiled:
+        """Factors whose rows are dense: the compiler is told of strides of 1."""
+        return case(name, rank, _project, project_types, "lora_project", WIDE=True, **options)
 
     made = []
     for rank in (16, 64, 256):
         made += [
-            case(
-                "x A^T, dropout", rank, _project, project_types, "lora_project", OWN_COLUMNS=False, DROP=True, WIDE=True
-            ),
-            case("dy B", rank, _project, project_types, "lora_project", OWN_COLUMNS=True, DROP=False, WIDE=True),
+            project_case("x A^T, dropout", rank, OWN_COLUMNS=False, DROP=True, depth_stride=1),
+            project_case("dy B", rank, OWN_COLUMNS=True, DROP=False, rank_stride=1),
             case("dA, dropout", rank, _outer, outer_types, "lora_outer", OF_B=False, DROP=True),
             case("dB", rank, _outer, outer_types, "lora_outer", OF_B=True, DROP=False),
             case("masked dx", rank, _add_masked, add_types, "lora_add"),
