@@ -31,6 +31,9 @@ class Tile:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages"
+
 
 SHIPPED: dict[str, dict[int, Tile]] = {
     "attention/64": {80: Tile(128, 64, 8, 2), 90: Tile(128, 64, 8, 3), 100: Tile(128, 64, 8, 2)},
@@ -54,7 +57,7 @@ SHIPPED: dict[str, dict[int, Tile]] = {
     "nf4_linear": dict.fromkeys((80, 90, 100), Tile(16, 64, 4, 3)),
     "nf4_linear_backward": dict.fromkeys((80, 90, 100), Tile(32, 64, 4, 3)),
 }
-"""Kernel and shape class (width of a head) -> architecture -> tile."""
+"""Kernel (attention's by the width of a head) -> architecture -> tile."""
 
 SHIPPED_FP32: dict[str, Tile] = {
     "attention/64": Tile(32, 32, 8, 1),
@@ -78,7 +81,7 @@ SHIPPED_FP32: dict[str, Tile] = {
     "nf4_linear": Tile(16, 32, 4, 2),
     "nf4_linear_backward": Tile(16, 32, 4, 2),
 }
-"""Kernel and shape class -> tile of 32-bit elements on every architecture: they are multiplied in full precision
+"""Kernel -> tile of 32-bit elements on every architecture: they are multiplied in full precision
 without tensor cores, whose operands and sums all lie in registers, and fit 99 KB of shared memory."""
 
 FORMS: dict[str, tuple[str, ...]] = {
@@ -101,7 +104,7 @@ _shipped_only = False
 
 @dataclass(frozen=True)
 class Measured:
-    """What a cache file holds: kernel -> tile, operator and shape class -> form."""
+    """What a cache file holds: kernel and shape class -> tile, operator and shape class -> form."""
 
     tiles: dict[str, Tile] = field(default_factory=dict)
     forms: dict[str, str] = field(default_factory=dict)
@@ -111,13 +114,13 @@ _NOTHING = Measured()
 
 
 @contextmanager
-def trial(kernel: str, tile: Tile) -> Iterator[None]:
-    """Within it, the kernel takes this tile."""
-    _trial[kernel] = tile
+def trial(name: str, tile: Tile) -> Iterator[None]:
+    """Within it, a kernel takes this tile for a shape class; `name` is that of `shape_class`."""
+    _trial[name] = tile
     try:
         yield
     finally:
-        del _trial[kernel]
+        del _trial[name]
 
 
 @contextmanager
@@ -156,23 +159,25 @@ def shipped_for(arch: int) -> int:
     return {9: 90, 10: 100}.get(arch // 10, 80)
 
 
-def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
-    """Launch sizes of a kernel on a device for operands of a dtype; only those of 16 bits are measured."""
-    if kernel in _trial:
-        return _trial[kernel]
+def tile(kernel: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tile:
+    """Launch sizes of a kernel on a device for a shape and operands of a dtype; only those of 16 bits are measured."""
+    if _trial and (tried := _trial.get(shape_class(kernel, shape))):
+        return tried
     if dtype.itemsize > 2:
         return SHIPPED_FP32[kernel]
-    return measured(device).tiles.get(kernel) or SHIPPED[kernel][architecture(device)]
+    tiles = measured(device).tiles
+    return (tiles.get(shape_class(kernel, shape)) if tiles else None) or SHIPPED[kernel][architecture(device)]
 
 
-def shape_class(operator: str, shape: Sequence[int]) -> str:
-    """Name of the class that a shape belongs to: its first size (tokens) rounded up to a power of two, the others
-    (widths of weights, ranks) as they are."""
+@functools.lru_cache(4096)
+def shape_class(name: str, shape: tuple[int, ...]) -> str:
+    """Name of a kernel or operator with the class of a shape: its first size (tokens) rounded up to a power of two, the
+    others (widths of weights, ranks, heads) as they are."""
     tokens = 1 << max(0, shape[0] - 1).bit_length()
-    return f"{operator}/{'x'.join(map(str, (tokens, *shape[1:])))}"
+    return f"{name}/{'x'.join(map(str, (tokens, *shape[1:])))}"
 
 
-def form(operator: str, shape: Sequence[int], device: torch.device) -> str:
+def form(operator: str, shape: tuple[int, ...], device: torch.device) -> str:
     """The form in which an operator is computed for a shape, as measured or by default."""
     if operator in _trial_form:
         return _trial_form[operator]
@@ -229,7 +234,8 @@ def _measured(file: Path) -> Measured:
         return _NOTHING
     try:
         content: dict[str, Any] = json.loads(file.read_text())
-        tiles = {k: Tile(**entry["tile"]) for k, entry in content.items() if "tile" in entry and k in SHIPPED}
+        kept = {k: entry for k, entry in content.items() if k.rpartition("/")[0] in SHIPPED and "tile" in entry}
+        tiles = {k: Tile(**entry["tile"]) for k, entry in kept.items()}
         forms = {k: entry["form"] for k, entry in content.items() if "form" in entry}
         known = {k: f for k, f in forms.items() if f in FORMS.get(k.split("/")[0], ())}
         return Measured(tiles, known)
@@ -254,13 +260,7 @@ def save(device: torch.device, results: dict[str, dict[str, Any]]) -> Path:
 def picked(device: torch.device) -> dict[str, str]:
     """Every kernel's tile and every operator's form on a device, each with why: what `peftdyno env` shows."""
     found, arch = measured(device), architecture(device)
-    chosen = {}
-    for kernel in SHIPPED:
-        own, why = (
-            tile(kernel, device, torch.bfloat16),
-            "measured here" if kernel in found.tiles else f"shipped for sm_{arch}",
-        )
-        chosen[kernel] = f"{own.rows}x{own.columns}, {own.warps} warps, {own.stages} stages ({why})"
-    for operator, forms in FORMS.items():
-        chosen[operator] = f"{forms[0]} (default for shapes not measured)"
+    chosen = {kernel: f"{tiles[arch]} (shipped for sm_{arch}, where not measured)" for kernel, tiles in SHIPPED.items()}
+    chosen |= {name: f"{own} (measured here)" for name, own in sorted(found.tiles.items())}
+    chosen |= {operator: f"{forms[0]} (default, where not measured)" for operator, forms in FORMS.items()}
     return chosen | {name: f"{own} (measured here)" for name, own in sorted(found.forms.items())}

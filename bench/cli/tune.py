@@ -9,12 +9,17 @@ import typer
 from peftdyno.bench.cli import options as o
 
 PANEL = "Costs"
-EXAMPLES = ("peftdyno tune --model llama-3-8b", "peftdyno tune --model llama-3-8b --only attention --tokens 4096")
+EXAMPLES = (
+    "peftdyno tune --model llama-3-8b",
+    "peftdyno tune --model llama-3-8b --only attention --tokens 512 --tokens 4096",
+)
 
 
 def command(
     model: o.Model = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a pack.", min=16)] = 8192,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", help="Tokens of a pack, 8192; again for more.", min=16)
+    ] = None,
     rank: Annotated[int, typer.Option("--rank", help="LoRA's rank, on every projection.", min=1)] = 16,
     runs: Annotated[int, typer.Option("--runs", help="Runs trained together in one bank.", min=1)] = 1,
     only: Annotated[str, typer.Option("--only", help="Part of a kernel's or operator's name.")] = "",
@@ -37,14 +42,16 @@ def command(
     from peftdyno.kernels.triton import tune
 
     device = torch.device("cuda", torch.cuda.current_device())
-    sizes = tune_sizes(resolve_config(model or o.DEFAULT_MODEL), tokens=tokens, rank=rank, runs=runs)
+    config = resolve_config(model or o.DEFAULT_MODEL)
 
     def keep(name: str, entry: dict[str, Any]) -> None:
         tuning.save(device, {name: entry})
         if not json_output:
             _say(name, entry)
 
-    found = tune.tune(sizes, device, only, report=keep)
+    found: dict[str, dict[str, Any]] = {}
+    for count in tokens or (8192,):
+        found |= tune.tune(tune_sizes(config, tokens=count, rank=rank, runs=runs), device, only, report=keep)
     if not found:
         raise UserError(f"--only {only}: no kernel's name contains it; see peftdyno env")
     file = tuning.cache_file(device)

@@ -94,10 +94,17 @@ class Sides:
         return str(self.scratch / name)
 
     def check_plain(
-        self, method: str, options: dict[str, Any], batches: list[Any], name: str, steps: int = CHECK_STEPS
+        self,
+        method: str,
+        options: dict[str, Any],
+        batches: list[Any],
+        name: str,
+        steps: int = CHECK_STEPS,
+        compiled: Worker | None = None,
     ) -> dict[str, Any]:
         """Compare steps without dropout by our step and the plain loop, over the batches and round again;
-        UnequalWork where they differ. In fp32 on both sides for a method that is `ILL_CONDITIONED`."""
+        UnequalWork where they differ. In fp32 on both sides for a method that is `ILL_CONDITIONED`. A worker named
+        `compiled` computes the plain loop's steps by torch.compile, and is held to what ours are."""
         exact = method in ILL_CONDITIONED
         self.tell(f"  {name}: comparing {steps} steps{' in fp32' if exact else ''}")
         rate = CHECK_RATES.get(method, CHECK_RATE)
@@ -114,4 +121,9 @@ class Sides:
             self.reference.open("plain.steps", **settings, adapter=folder, dtype=dtype)
             labels[dtype] = self.reference.call("label_losses")
             found[dtype] = Trajectory(**self.reference.call("trajectory", steps=steps))
-        return check_steps(ours, found["bf16"], found["fp32"], LabelNoise(labels["bf16"], labels["fp32"]))
+        judged = found["bf16"], found["fp32"], LabelNoise(labels["bf16"], labels["fp32"])
+        if compiled is not None:
+            allowed = self.plan.compile_seconds
+            compiled.open("plain.steps", allowed, **settings, adapter=folder, compiled=True)
+            check_steps(Trajectory(**compiled.call("trajectory", allowed, steps=steps)), *judged)
+        return check_steps(ours, *judged)

@@ -70,7 +70,8 @@ class Section:
             return False
         if time.monotonic() - self.began + takes < self.seconds:
             return True
-        self.left.append(name)
+        if name not in self.left:
+            self.left.append(name)
         return False
 
     @contextmanager

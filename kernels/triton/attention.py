@@ -206,9 +206,15 @@ def tile_name(head_dim: int, num_rows: int) -> str:
     return "attention/decode/256" if width == 256 else "attention/decode"
 
 
-def tile(head_dim: int, num_rows: int, like: Tensor) -> Tile:
-    """The forward kernel's tile; `columns` are keys."""
-    return tuning.tile(tile_name(head_dim, num_rows), like.device, like.dtype)
+def tile(q: Tensor, key_heads: int, num_rows: int) -> Tile:
+    """The forward kernel's tile where the longest segment has so many rows; `columns` are keys."""
+    return tuning.tile(tile_name(q.shape[2], num_rows), tile_shape(q, key_heads), q.device, q.dtype)
+
+
+def tile_shape(q: Tensor, key_heads: int) -> tuple[int, int, int, int]:
+    """Tokens, heads, key heads and width of a head, by which tiles of attention are measured."""
+    n, heads, d = q.shape
+    return n, heads, key_heads, d
 
 
 def _piece(tiles: int, key_heads: int, device: torch.device, longest: int) -> int:
@@ -221,15 +227,15 @@ def _piece(tiles: int, key_heads: int, device: torch.device, longest: int) -> in
 def _plan(
     segments: Tensor,
     chain: Tensor,
-    shape: tuple[int, int, int],
+    q: Tensor,
+    key_heads: int,
     window: int,
-    like: Tensor,
     split: bool | None = None,
 ) -> tuple[Tile, QueryTiles]:
     """(tile, work list) of the forward pass; `split` says whether keys are divided, None to decide it here."""
-    group, key_heads, d = shape
+    group = q.shape[1] // key_heads
     longest = int(segments[:, 1].max()) * group if len(segments) else 0
-    sizes, device = tile(d, longest, like), like.device
+    sizes, device = tile(q, key_heads, longest), q.device
     count = int((-(-segments[:, 1] * group // sizes.rows)).sum()) if len(segments) else 0
     if split is None:
         split = _piece(count, key_heads, device, int(chain[:, 1].max()) if len(chain) else 0) > 0
@@ -258,15 +264,15 @@ def forward(
     group = heads // key_heads
     out = with_spare(n, heads * d, spare, q)
     lse = torch.zeros(heads, n, dtype=torch.float32, device=q.device)
-    key = ("forward", group, key_heads, d, window, q.device, tile(d, 1, q), tile(d, 128, q))
-    shape, tables = (group, key_heads, d), replay.active()
+    key = ("forward", group, key_heads, d, window, q.device, tile(q, key_heads, 1), tile(q, key_heads, 128))
+    tables = replay.active()
     if tables is None:
-        sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, shape, window, q))
+        sizes, tiles = planned(segments, key, lambda: _plan(segments, chain, q, key_heads, window))
     elif tables.any_layout:
-        sizes = tile(d, n * group, q)
+        sizes = tile(q, key_heads, n * group)
         tiles = roomy_query_tiles(tables, segments, chain, n, group, sizes.rows, q.device)
     else:  # without the window, whose pieces of keys would grow and shrink in number
-        sizes, tiles = replayed(tables, segments, key, lambda split: _plan(segments, chain, shape, 0, q, split))
+        sizes, tiles = replayed(tables, segments, key, lambda split: _plan(segments, chain, q, key_heads, 0, split))
     if len(tiles.items):
         _launch(q, k, v, (prefix_k, prefix_v), out, lse, sizes, tiles, (scale, window, softcap))
     return out, lse

@@ -24,6 +24,7 @@ from peftdyno.kernels.triton.attention import (
     key_bounds,
     prefix_rows,
     score,
+    tile_shape,
     types,
     visible,
     width_class,
@@ -229,14 +230,14 @@ def _sum_keys(
     )  # fmt: skip
 
 
-def query_tile(head_dim: int, like: Tensor) -> Tile:
+def query_tile(q: Tensor, key_heads: int) -> Tile:
     """Tile of the pass for dq; `columns` are keys."""
-    return tuning.tile(f"attention_dq/{width_class(head_dim)}", like.device, like.dtype)
+    return tuning.tile(f"attention_dq/{width_class(q.shape[2])}", tile_shape(q, key_heads), q.device, q.dtype)
 
 
-def key_tile(head_dim: int, like: Tensor) -> Tile:
+def key_tile(q: Tensor, key_heads: int) -> Tile:
     """Tile of the pass for dk and dv: keys (`columns`) stay in registers, rows stream through."""
-    return tuning.tile(f"attention_dk/{width_class(head_dim)}", like.device, like.dtype)
+    return tuning.tile(f"attention_dk/{width_class(q.shape[2])}", tile_shape(q, key_heads), q.device, q.dtype)
 
 
 def backward(
@@ -265,7 +266,7 @@ def backward(
     dqkv = with_spare(n, (heads + 2 * key_heads) * d, spare, q)
     shape = (0, key_heads, d) if prefix_k is None else prefix_k.shape
     dprefix = [torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in range(2)]
-    rows, keys = query_tile(d, q), key_tile(d, q)
+    rows, keys = query_tile(q, key_heads), key_tile(q, key_heads)
     by_query = _query_list(segments, chain, n, group, rows, q.device)
     by_key = _key_list(segments, chain, (n, k.shape[0] + shape[0]), group, keys, q.device)
     if by_key.covered < n + shape[0] or int(segments[:, 1].sum()) < n:

@@ -72,7 +72,8 @@ def _launch(
         return y
     assert suitable(x, weight, u, factor, y), [t.stride() for t in (x, weight, u, factor, y)]
     narrow = min(64, max(16, triton.next_power_of_2(u.shape[1])))
-    tile = tuning.tile("lora_gemm_backward" if backward else "lora_gemm", x.device, x.dtype)
+    shape = n, x.shape[1], out, u.shape[1]
+    tile = tuning.tile("lora_gemm_backward" if backward else "lora_gemm", shape, x.device, x.dtype)
     rows, columns = tile.rows, tile.columns
     tiles = triton.cdiv(n, rows) * triton.cdiv(out, columns)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

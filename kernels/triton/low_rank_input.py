@@ -194,7 +194,7 @@ def norm(
     x = _rows(x)
     y, u, rstd = with_spare(n, d, spare, x), x.new_empty(n, modules.columns), x.new_empty(n, dtype=torch.float32)
     h = x.new_empty(0) if residual is None else x.new_empty(n, d)
-    tile = tuning.tile("rms_norm_down", x.device, x.dtype)
+    tile = tuning.tile("rms_norm_down", (n, d, padded(modules.columns)), x.device, x.dtype)
     chunks = row_chunks(run_offsets, tile.rows, x.device)
     if chunks.count:
         more = x if residual is None else _rows(residual)
@@ -203,7 +203,7 @@ def norm(
             modules.table if drop is None else drop.streams, modules.table if drop is None else drop.keys,
             d, x.stride(0), more.stride(0), y.stride(0), factor.stride(0), u.stride(0), len(a), modules.num_runs,
             eps, offset, 0 if drop is None else drop.limit, 1.0 if drop is None else drop.kept,
-            ADD=residual is not None, DROP=drop is not None, RANKS=_width(modules), ROWS=tile.rows,
+            ADD=residual is not None, DROP=drop is not None, RANKS=padded(modules.columns), ROWS=tile.rows,
             BLOCK=tile.columns, PRECISION=_precision(x), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y, h, rstd, u
@@ -224,7 +224,7 @@ def glu(
     modules, factor, drop = _prepared(gate_up, a, run_offsets, dropout, streams, keys)
     assert spare >= modules.spread, (spare, modules.spread)
     y, u = with_spare(n, f, spare, gate_up), gate_up.new_empty(n, modules.columns)
-    tile = tuning.tile("glu_down", y.device, y.dtype)
+    tile = tuning.tile("glu_down", (n, f, padded(modules.columns)), y.device, y.dtype)
     chunks = row_chunks(run_offsets, tile.rows, y.device)
     if chunks.count:
         _glu[(chunks.count,)](
@@ -232,15 +232,15 @@ def glu(
             modules.table if drop is None else drop.streams, modules.table if drop is None else drop.keys,
             f, gate_up.stride(0), y.stride(0), factor.stride(0), u.stride(0), len(a), modules.num_runs,
             0 if drop is None else drop.limit, 1.0 if drop is None else drop.kept,
-            SILU=activation == "silu", DROP=drop is not None, RANKS=_width(modules), ROWS=tile.rows,
+            SILU=activation == "silu", DROP=drop is not None, RANKS=padded(modules.columns), ROWS=tile.rows,
             BLOCK=tile.columns, PRECISION=_precision(y), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y, u
 
 
-def _width(modules: Modules) -> int:
+def padded(ranks: int) -> int:
     """Columns of u, padded to what a tensor core multiplies."""
-    width: int = triton.next_power_of_2(modules.columns)
+    width: int = triton.next_power_of_2(ranks)
     return max(16, width)
 
 

@@ -89,7 +89,8 @@ def _precision(x: Tensor) -> str:
 
 def forward(x: Tensor, codes: Tensor, absmax: Tensor, out: int, bias: Tensor | None, spare: int) -> Tensor:
     """y [N, out] with `spare` columns free to the right of each row."""
-    (n, k), tile = x.shape, tuning.tile("nf4_linear", x.device, x.dtype)
+    n, k = x.shape
+    tile = tuning.tile("nf4_linear", (n, k, out), x.device, x.dtype)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = with_spare(n, out, spare, x)
     if n:
@@ -103,7 +104,8 @@ def forward(x: Tensor, codes: Tensor, absmax: Tensor, out: int, bias: Tensor | N
 
 def backward(dy: Tensor, codes: Tensor, absmax: Tensor, columns: int) -> Tensor:
     """dx [N, in]."""
-    (n, out), tile = dy.shape, tuning.tile("nf4_linear_backward", dy.device, dy.dtype)
+    n, out = dy.shape
+    tile = tuning.tile("nf4_linear_backward", (n, columns, out), dy.device, dy.dtype)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     dx = dy.new_empty(n, columns)
     if n:

@@ -200,7 +200,7 @@ def project(
     """
     n = x.shape[0]
     u = x.new_empty(n, modules.columns)
-    tile = tuning.tile("lora_project", x.device, x.dtype)
+    tile = tuning.tile("lora_project", (n, x.shape[1], modules.rank), x.device, x.dtype)
     chunks = row_chunks(runs, tile.rows, x.device)
     strides = (factor.stride(1), factor.stride(0)) if of_b else factor.stride()
     pieces = _pieces(modules.rank, PROJECT_PIECE, x.itemsize)
@@ -233,7 +233,7 @@ def outer(
         for rank, (start, stop) in zip(modules.ranks, modules.rows, strict=True)
     ]
     width = sum(a * b for a, b in shapes)
-    tile = tuning.tile("lora_outer", right.device, right.dtype)
+    tile = tuning.tile("lora_outer", (*right.shape, modules.rank), right.device, right.dtype)
     chunks = row_chunks(runs, OUTER_CHUNK, right.device)
     partials = left.new_empty(chunks.count, width, dtype=torch.float32)
     factors = modules.scaling if of_b else torch.full_like(modules.scaling, 1.0 if dropout is None else dropout.kept)
@@ -255,7 +255,7 @@ def outer(
 
 def add_masked(dx: Tensor, du: Tensor, down: Tensor, modules: Modules, runs: Sequence[int], dropout: Dropout) -> None:
     """dx += sum over modules of mask_m (du_m A_m) / (1 - p), in place; the masks are drawn again."""
-    tile = tuning.tile("lora_add", dx.device, dx.dtype)
+    tile = tuning.tile("lora_add", (*dx.shape, modules.rank), dx.device, dx.dtype)
     chunks, k = row_chunks(runs, tile.rows, dx.device), dx.shape[1]
     if chunks.count:
         _add_masked[(triton.cdiv(k, tile.columns), chunks.count)](

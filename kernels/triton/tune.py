@@ -34,7 +34,7 @@ def tune(
     sizes: TuneSizes, device: torch.device, only: str = "", *, timer: Timer | None = None, report: Report | None = None
 ) -> dict[str, dict[str, Any]]:
     """Fastest tile of each kernel and form of each operator whose name contains `only`, for `tuning.save`:
-    {kernel: {tile, ms, shipped_ms}, operator and shape class: {form, ms of each form}}."""
+    {kernel and shape class: {tile, ms, shipped_ms}, operator and shape class: {form, ms of each form}}."""
     clock = timer or (lambda call: milliseconds(call, device))
     found: dict[str, dict[str, Any]] = {}
 
@@ -45,11 +45,11 @@ def tune(
 
     with ExitStack() as tiles:
         for subject in subjects(sizes, device):
-            if only in subject.kernel:
-                keep(subject.kernel, fastest_tile(subject, device, clock))
-                tiles.enter_context(tuning.trial(subject.kernel, found[subject.kernel]["tile"]))
+            if only in subject.name and subject.name not in found:
+                keep(subject.name, fastest_tile(subject, device, clock))
+                tiles.enter_context(tuning.trial(subject.name, found[subject.name]["tile"]))
         for choice in form_subjects(sizes, device):
-            if only in choice.name:
+            if only in choice.name and choice.name not in found:
                 keep(choice.name, fastest_form(choice, clock))
     return found
 
@@ -66,13 +66,13 @@ def neighbours(tile: Tile) -> list[Tile]:
 def fastest_tile(subject: Subject, device: torch.device, clock: Timer) -> dict[str, Any]:
     """The tile that no neighbour beats, from the shipped one on."""
     shipped = tuning.SHIPPED[subject.kernel][tuning.architecture(device)]
-    with tuning.trial(subject.kernel, shipped):
+    with tuning.trial(subject.name, shipped):
         truth, baseline = subject.call(), clock(subject.call)
     best, best_ms, times = shipped, baseline, {shipped: baseline}
     while True:
         for tile in neighbours(best):
             if tile not in times:
-                ms = _trial(tuning.trial(subject.kernel, tile), subject.call, truth, clock)
+                ms = _trial(tuning.trial(subject.name, tile), subject.call, truth, clock)
                 times[tile] = float("inf") if ms is None else ms
         tile = min(times, key=lambda t: times[t])
         if times[tile] * MARGIN >= best_ms:

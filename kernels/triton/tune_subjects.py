@@ -20,8 +20,8 @@ from peftdyno.kernels.triton import low_rank_input as low_rank_kernels
 from peftdyno.kernels.triton.attention_library import runnable
 from peftdyno.kernels.triton.low_rank import modules_of
 
-DECODED = 8
-"""Sequences that are decoded together where the tile for it is tuned."""
+FEW = (1, 16)
+"""Tokens that are computed together while decoding: one sequence, and a small batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,16 @@ class TuneSizes:
 
 @dataclass(frozen=True)
 class Subject:
-    """A tuned kernel: its entry of `tuning.SHIPPED`, and a call whose results must not depend on the tile."""
+    """A tuned kernel at one shape: its entry of `tuning.SHIPPED`, and a call that must not depend on the tile."""
 
     kernel: str
+    shape: tuple[int, ...]
     call: Callable[[], Any]
+
+    @property
+    def name(self) -> str:
+        """Its entry of the cache."""
+        return tuning.shape_class(self.kernel, self.shape)
 
 
 @dataclass(frozen=True)
@@ -101,40 +107,98 @@ class Draw:
 
 
 def subjects(sizes: TuneSizes, device: torch.device) -> Iterator[Subject]:
-    """Every tuned kernel."""
-    draw, product = Draw(device), max(sizes.products, key=lambda p: p.columns)
-    x, runs, out = draw.rows(sizes.tokens, product.columns), (0, sizes.tokens), product.out
-    modules = modules_of([draw.factors(1, sizes.rank, product.columns)], (0, out), (1.0,))
-    down, up = draw.rows(sizes.rank, product.columns), draw.rows(out, sizes.rank)
-    u, dy = draw.rows(sizes.tokens, sizes.rank), draw.rows(sizes.tokens, out)
-    weight = draw.rows(out, product.columns)
-    streams = torch.arange(sizes.tokens, device=device)
-    dropout = skinny.Dropout(0.05, streams, torch.zeros(1, 1, dtype=torch.int64, device=device))
-    project = lambda: skinny.project(x, down, modules, runs, None, of_b=False, dropout=dropout)  # noqa: E731
-    yield Subject("lora_project", project)
-    yield Subject("lora_outer", lambda: skinny.outer(u, x, modules, runs, of_b=False, dropout=dropout)[0])
+    """Every tuned kernel at each shape class that the model's products and heads have; a class may come again."""
+    draw = Draw(device)
+    for product in sizes.products:
+        yield from _skinny(product, sizes, draw)
+        yield from _fused(product, sizes, draw)
+        yield from _norm_and_glu(product, sizes, draw)
+        if product.columns % nf4.BLOCK == 0:
+            yield from _nf4(product, sizes, draw)
+    yield from _attention(sizes, draw)
+
+
+def _skinny(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
+    """Low-rank factors of one module: over the product's input with dropout, and over its output's gradient."""
+    n, rank, runs = sizes.tokens, sizes.rank, (0, sizes.tokens)
+    streams = torch.arange(n, device=draw.device)
+    keys = torch.zeros(1, 1, dtype=torch.int64, device=draw.device)
+    dropout = skinny.Dropout(0.05, streams, keys)
+    modules = modules_of([draw.factors(1, rank, product.columns)], (0, product.out), (1.0,))
+    x, dy, u = draw.rows(n, product.columns), draw.rows(n, product.out), draw.rows(n, rank)
+    down, up = draw.rows(rank, product.columns), draw.rows(product.out, rank)
+    ranks = modules.rank
+    forward = lambda: skinny.project(x, down, modules, runs, None, of_b=False, dropout=dropout)  # noqa: E731
+    yield Subject("lora_project", (n, product.columns, ranks), forward)
+    backward = lambda: skinny.project(dy, up, modules, runs, None, of_b=True)  # noqa: E731
+    yield Subject("lora_project", (n, product.out, ranks), backward)
+    da = lambda: skinny.outer(u, x, modules, runs, of_b=False, dropout=dropout)[0]  # noqa: E731
+    yield Subject("lora_outer", (n, product.columns, ranks), da)
+    yield Subject("lora_outer", (n, product.out, ranks), lambda: skinny.outer(u, dy, modules, runs, of_b=True)[0])
 
     def add() -> Tensor:
         dx = x.clone()
         skinny.add_masked(dx, u, down, modules, runs, dropout)
         return dx
 
-    yield Subject("lora_add", add)
-    a, norm_weight = [draw.factors(1, sizes.rank, product.columns)], x[0].clone()
-    options = a, runs, 0.05, streams, torch.zeros(1, 1, dtype=torch.int64)
-    norm = lambda: low_rank_kernels.norm(x, x, norm_weight, *options, 1e-5, 0.0, sizes.rank)[3]  # noqa: E731
-    yield Subject("rms_norm_down", norm)
-    gate_up = draw.rows(sizes.tokens, 2 * product.columns)
-    yield Subject("glu_down", lambda: low_rank_kernels.glu(gate_up, "silu", *options, sizes.rank)[1])
-    if lora_gemm.suitable(x, weight, u, up, dy):
-        yield Subject("lora_gemm", lambda: lora_gemm.product(x, weight, u, up))
-        yield Subject("lora_gemm_backward", lambda: lora_gemm.product_backward(dy, weight, u, down))
-    if product.columns % nf4.BLOCK == 0:
-        few, small = draw.rows(16, product.columns), _random_nf4(product, draw)
-        yield Subject("nf4_linear", lambda: nf4_gemm.forward(few, small.codes, small.scales(), out, None, 0))
-        back = lambda: nf4_gemm.backward(dy, small.codes, small.scales(), product.columns)  # noqa: E731
-        yield Subject("nf4_linear_backward", back)
-    yield from _attention(sizes, draw)
+    yield Subject("lora_add", (n, product.columns, ranks), add)
+
+
+def _fused(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
+    """The product with the low-rank term of all its modules and runs in its epilogue, in both directions."""
+    n, columns, out = sizes.tokens, product.columns, product.out
+    spread = sizes.rank * len(product.outs) * sizes.runs
+    x, dy, u, weight = draw.rows(n, columns), draw.rows(n, out), draw.rows(n, spread), draw.rows(out, columns)
+    down, up = draw.rows(spread, columns), draw.rows(out, spread)
+    if lora_gemm.suitable(x, dy, u, weight, down, up):
+        yield Subject("lora_gemm", (n, columns, out, spread), lambda: lora_gemm.product(x, weight, u, up))
+        backward = lambda: lora_gemm.product_backward(dy, weight, u, down)  # noqa: E731
+        yield Subject("lora_gemm_backward", (n, out, columns, spread), backward)
+
+
+def _norm_and_glu(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
+    """What makes the product's input and x A^T of its modules."""
+    if sizes.rank * len(product.outs) > low_rank_input.MOST_RANKS:
+        return
+    n, columns = sizes.tokens, product.columns
+    spread, runs = (
+        sizes.rank * len(product.outs) * sizes.runs,
+        tuple(n * j // sizes.runs for j in range(sizes.runs + 1)),
+    )
+    a = [draw.factors(sizes.runs, sizes.rank, columns) for _ in product.outs]
+    shape = n, columns, low_rank_kernels.padded(sizes.rank * len(a))
+    options = a, runs, 0.0, None, None
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return low_rank_kernels.norm(x, x, weight, *options, 1e-5, 0.0, spread)[3]
+
+    def activation(gate_up: Tensor) -> Tensor:
+        return low_rank_kernels.glu(gate_up, "silu", *options, spread)[1]
+
+    for kernel in _makers(product, sizes):
+        if kernel == "rms_norm_down":
+            x, weight = draw.rows(n, columns), draw.factors(1, 1, columns)[0, 0].to(draw.dtype)
+            yield Subject(kernel, shape, functools.partial(norm, x, weight))
+        else:
+            yield Subject(kernel, shape, functools.partial(activation, draw.rows(n, 2 * columns)))
+
+
+def _makers(product: Product, sizes: TuneSizes) -> list[str]:
+    """The operators that may make a product's input: a norm before those of the hidden width, the activation before
+    that of the widest input."""
+    widths = {"rms_norm_down": sizes.products[0].columns, "glu_down": max(p.columns for p in sizes.products)}
+    return [operator for operator, width in widths.items() if product.columns == width]
+
+
+def _nf4(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
+    weight, out, columns = _random_nf4(product, draw), product.out, product.columns
+    for n in dict.fromkeys((*FEW, sizes.tokens)):
+        x = draw.rows(n, columns)
+        forward = lambda x=x: nf4_gemm.forward(x, weight.codes, weight.scales(), out, None, 0)  # noqa: E731
+        yield Subject("nf4_linear", (n, columns, out), forward)
+    dy = draw.rows(sizes.tokens, out)
+    backward = lambda: nf4_gemm.backward(dy, weight.codes, weight.scales(), columns)  # noqa: E731
+    yield Subject("nf4_linear_backward", (sizes.tokens, columns, out), backward)
 
 
 def _attention(sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
@@ -145,27 +209,27 @@ def _attention(sizes: TuneSizes, draw: Draw) -> Iterator[Subject]:
     segments = torch.tensor([[0, half, 0, 1], [half, n - half, 1, 2]], dtype=torch.int32)
     chain = torch.tensor([[0, half, 0], [half, n - half, 0]], dtype=torch.int32)
     options = (None, None, segments, chain, d**-0.5, 0, 0.0, 0)
-    kind = attention.width_class(d)
-    yield Subject(f"attention/{kind}", lambda: attention.forward(q, k, v, *options)[0])
+    kind, shape = attention.width_class(d), attention.tile_shape(q, kv)
+    yield Subject(f"attention/{kind}", shape, lambda: attention.forward(q, k, v, *options)[0])
     yield from _decoding(q, k, v, sizes)
     out, lse = attention.forward(q, k, v, *options)
     dout = draw.rows(n, heads * d)
     backward = lambda: attention_backward.backward(dout, q, k, v, None, None, out, lse, *options[2:])[0]  # noqa: E731
-    yield Subject(f"attention_dq/{kind}", backward)
-    yield Subject(f"attention_dk/{kind}", backward)
+    yield Subject(f"attention_dq/{kind}", shape, backward)
+    yield Subject(f"attention_dk/{kind}", shape, backward)
 
 
 def _decoding(q: Tensor, k: Tensor, v: Tensor, sizes: TuneSizes) -> Iterator[Subject]:
     """One query each of sequences that share the keys among them, where a group's heads fit the rows of its tile."""
     if sizes.heads // sizes.key_heads > attention.DECODE_ROWS:
         return
-    count = min(DECODED, sizes.tokens)
-    length = sizes.tokens // count
-    segments = torch.tensor([[i, 1, i, i + 1] for i in range(count)], dtype=torch.int32)
-    chain = torch.tensor([[i * length, length, 0] for i in range(count)], dtype=torch.int32)
-    options = (None, None, segments, chain, sizes.head_dim**-0.5, 0, 0.0, 0)
-    name = attention.tile_name(sizes.head_dim, 1)
-    yield Subject(name, lambda: attention.forward(q[:count], k, v, *options)[0])
+    for count in FEW:
+        length = sizes.tokens // count
+        segments = torch.tensor([[i, 1, i, i + 1] for i in range(count)], dtype=torch.int32)
+        chain = torch.tensor([[i * length, length, 0] for i in range(count)], dtype=torch.int32)
+        queries, options = q[:count], (None, None, segments, chain, sizes.head_dim**-0.5, 0, 0.0, 0)
+        call = lambda queries=queries, options=options: attention.forward(queries, k, v, *options)[0]  # noqa: E731
+        yield Subject(attention.tile_name(sizes.head_dim, 1), attention.tile_shape(queries, sizes.key_heads), call)
 
 
 def form_subjects(sizes: TuneSizes, device: torch.device) -> Iterator[FormSubject]:
@@ -203,11 +267,9 @@ def _inputs(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubj
             )
         return adapted_linear(y, weight, None, edits, runs, x_spare=spread, border=spread, u=u)
 
-    for operator in ("rms_norm_down", "glu_down"):
-        width = max(p.columns for p in sizes.products) if operator == "glu_down" else sizes.products[0].columns
-        if product.columns == width:
-            shape = (n, product.columns, spread)
-            yield FormSubject(operator, shape, tuning.FORMS[operator], functools.partial(call, operator))
+    for operator in _makers(product, sizes):
+        shape = (n, product.columns, spread)
+        yield FormSubject(operator, shape, tuning.FORMS[operator], functools.partial(call, operator))
 
 
 def _edits(product: Product, sizes: TuneSizes, draw: Draw) -> LinearEdits:
@@ -258,7 +320,7 @@ def _random_nf4(product: Product, draw: Draw) -> nf4.Nf4Weight:
 def _four_bits(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubject]:
     """The product with a weight in 4 bits, for a token, for as many as decode together, and for a pack."""
     weight = _random_nf4(product, draw)
-    for n in dict.fromkeys((1, 16, sizes.tokens)):
+    for n in dict.fromkeys((*FEW, sizes.tokens)):
         x, dy, shape = draw.rows(n, product.columns), draw.rows(n, product.out), (n, product.columns, product.out)
         forward = lambda x=x: linear.product(x, weight, None, 0)  # noqa: E731
         yield FormSubject("nf4_linear", shape, tuning.FORMS["nf4_linear"], forward)

@@ -22,7 +22,7 @@ SHAPE = (40, 64, 64, 16)
 def subjects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two kernels and an operator, the cache in a folder of the test, and readable without a GPU."""
     call = lambda: torch.ones(1)  # noqa: E731
-    kernels = [Subject("lora_add", call), Subject("lora_outer", call)]
+    kernels = [Subject(kernel, SHAPE, call) for kernel in ("lora_add", "lora_outer", "lora_outer")]
     forms = [FormSubject("lora_linear", SHAPE, tuning.FORMS["lora_linear"], call)]
     monkeypatch.setattr(tune, "subjects", lambda *_: iter(kernels))
     monkeypatch.setattr(tune, "form_subjects", lambda *_: iter(forms))
@@ -36,11 +36,12 @@ def found() -> tuning.Measured:
 def test_every_kernel_is_tuned_once(subjects: None, tmp_path: Path) -> None:
     short = Section.open("tune", tmp_path, tune.TAKES - 1, fresh=False)
     tune.tune(short, TINY, CPU, lambda call: 1.0)
-    assert short.left == ["lora_add", "lora_outer", tuning.shape_class("lora_linear", SHAPE)] and not short.rows
+    names = [tuning.shape_class(name, SHAPE) for name in ("lora_add", "lora_outer", "lora_linear")]
+    assert short.left == names and not short.rows
     section = Section.open("tune", tmp_path, tune.TAKES + 60, fresh=False)
     tune.tune(section, TINY, CPU, lambda call: 1.0)
     assert [*section.rows] == short.left and not section.left
-    assert found().tiles.keys() == {"lora_add", "lora_outer"} and set(found().forms.values()) == {"bordered"}
+    assert [*found().tiles] == names[:2] and set(found().forms.values()) == {"bordered"}
     again = Section.open("tune", tmp_path, 0.0, fresh=False)
     tune.tune(again, TINY, CPU, lambda call: pytest.fail("measured again"))
     assert again.rows == section.rows and not again.left
@@ -71,8 +72,10 @@ def test_untuned_takes_what_ships(subjects: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(tuning, "_cache_file", lambda device, home: Path("none"))
-    monkeypatch.setattr(tuning, "_measured", lambda file: tuning.Measured(tiles={"lora_add": mine}))
-    assert tuning.tile("lora_add", cuda, torch.bfloat16) == mine
+    monkeypatch.setattr(
+        tuning, "_measured", lambda file: tuning.Measured(tiles={tuning.shape_class("lora_add", SHAPE): mine})
+    )
+    assert tuning.tile("lora_add", SHAPE, cuda, torch.bfloat16) == mine
     with tuning.untuned():
-        assert tuning.tile("lora_add", cuda, torch.bfloat16) == tuning.SHIPPED["lora_add"][90]
-    assert tuning.tile("lora_add", cuda, torch.bfloat16) == mine
+        assert tuning.tile("lora_add", SHAPE, cuda, torch.bfloat16) == tuning.SHIPPED["lora_add"][90]
+    assert tuning.tile("lora_add", SHAPE, cuda, torch.bfloat16) == mine

@@ -37,11 +37,12 @@ def test_what_it_finds_is_kept_and_shown(shell: Any, tmp_path: Path, monkeypatch
 
     asked: list[Any] = []
     name = tuning.shape_class("lora_linear", (8192, 576, 960, 48))
+    add, outer = (tuning.shape_class(kernel, (8192, 576, 16)) for kernel in ("lora_add", "lora_outer"))
 
     def fake(sizes: Any, device: Any, only: str, *, report: Any) -> dict[str, Any]:
         asked.append((sizes, only))
         entries = {
-            "lora_add": {"tile": Tile(64, 64, 4, 2), "ms": 0.5, "shipped_ms": 0.7},
+            add: {"tile": Tile(64, 64, 4, 2), "ms": 0.5, "shipped_ms": 0.7},
             name: {"form": "plain", "ms": {"bordered": 2.0, "plain": 1.0, "fused": None}},
         }
         found = {key: entry for key, entry in entries.items() if only in key}
@@ -61,18 +62,21 @@ def test_what_it_finds_is_kept_and_shown(shell: Any, tmp_path: Path, monkeypatch
     assert "fused wrong" in result.err and "0.500 ms, 0.700 as shipped" in result.err
     assert "measured here" in result.out and asked[0][0].rank == 16
     kept = json.loads(tuning.cache_file(torch.device("cuda", 0)).read_text())
-    assert kept[name]["form"] == "plain" and kept["lora_add"]["tile"]["rows"] == 64
-    assert json.loads(shell("tune", "--only", "add", "--json").out).keys() == {"lora_add", "file"}
+    assert kept[name]["form"] == "plain" and kept[add]["tile"]["rows"] == 64
+    assert json.loads(shell("tune", "--only", "add", "--json").out).keys() == {add, "file"}
 
     def interrupted(sizes: Any, device: Any, only: str, *, report: Any) -> dict[str, Any]:
-        report("lora_outer", {"tile": Tile(64, 64, 8, 2), "ms": 0.5, "shipped_ms": 0.7})
+        report(outer, {"tile": Tile(64, 64, 8, 2), "ms": 0.5, "shipped_ms": 0.7})
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(tune, "tune", interrupted)
     with pytest.raises(RuntimeError, match="gone"):
         shell("tune")
-    assert tuning.measured(torch.device("cuda", 0)).tiles["lora_outer"] == Tile(64, 64, 8, 2), "kept as it was found"
+    assert tuning.measured(torch.device("cuda", 0)).tiles[outer] == Tile(64, 64, 8, 2), "kept as it was found"
     monkeypatch.setattr(tune, "tune", fake)
+    asked.clear()
+    shell("tune", "--tokens", "512", "--tokens", "64")
+    assert [sizes.tokens for sizes, _ in asked] == [512, 64]
     wrong = shell("tune", "--only", "nothing")
     assert wrong.status == 2 and "--only nothing" in wrong.err
 
