@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, check_exact_steps, check_steps
-from peftdyno.bench.compare.link import Worker, thread_environment
+from peftdyno.bench.compare.equal_work import LabelNoise, Trajectory, UnequalWork, check_exact_steps, check_steps
+from peftdyno.bench.compare.link import Worker, WorkerError, thread_environment
 from peftdyno.bench.compare.rows import TaskRows
 
 Tell = Callable[[str], None]
@@ -103,8 +103,8 @@ class Sides:
         compiled: Worker | None = None,
     ) -> dict[str, Any]:
         """Compare steps without dropout by our step and the plain loop, over the batches and round again;
-        UnequalWork where they differ. In fp32 on both sides for a method that is `ILL_CONDITIONED`. A worker named
-        `compiled` computes the plain loop's steps by torch.compile, and is held to what ours are."""
+        UnequalWork where they differ. In fp32 on both sides for a method that is `ILL_CONDITIONED`. `compiled` computes
+        the plain loop's steps by torch.compile; WorkerError where they are further from fp32's than ours may be."""
         exact = method in ILL_CONDITIONED
         self.tell(f"  {name}: comparing {steps} steps{' in fp32' if exact else ''}")
         rate = CHECK_RATES.get(method, CHECK_RATE)
@@ -122,8 +122,19 @@ class Sides:
             labels[dtype] = self.reference.call("label_losses")
             found[dtype] = Trajectory(**self.reference.call("trajectory", steps=steps))
         judged = found["bf16"], found["fp32"], LabelNoise(labels["bf16"], labels["fp32"])
+        check = check_steps(ours, *judged)
         if compiled is not None:
             allowed = self.plan.compile_seconds
             compiled.open("plain.steps", allowed, **settings, adapter=folder, compiled=True)
-            check_steps(Trajectory(**compiled.call("trajectory", allowed, steps=steps)), *judged)
-        return check_steps(ours, *judged)
+            check_compiled(Trajectory(**compiled.call("trajectory", allowed, steps=steps)), *judged)
+        return check
+
+
+def check_compiled(compiled: Trajectory, eager: Trajectory, exact: Trajectory, noise: LabelNoise) -> None:
+    """WorkerError unless the compiled loop does the eager one's steps: its rate would be that of other work."""
+    try:
+        check_steps(compiled, eager, exact, noise)
+    except UnequalWork as error:
+        sides = {"its": compiled, "the eager loop's": eager, "fp32's": exact}
+        losses = ", ".join(f"{name} {' '.join(f'{loss:.4f}' for loss in t.losses)}" for name, t in sides.items())
+        raise WorkerError(f"its steps are not those of the loop that it compiles; losses: {losses}") from error

@@ -19,9 +19,11 @@ from peftdyno.bench.compare.equal_work import (
     check_steps,
     check_tokens,
 )
+from peftdyno.bench.compare.link import WorkerError
 from peftdyno.bench.compare.memory import resident_peak, storage_bytes, traced_peak
 from peftdyno.bench.compare.product_section import product_rows
 from peftdyno.bench.compare.rows import in_order, text_batch, text_batches
+from peftdyno.bench.compare.sides import check_compiled
 from peftdyno.bench.compare.table import table
 from peftdyno.bench.compare.turns import Row, in_turns, rates, row_from, timed
 from peftdyno.bench.compare.worker import JOBS, job_class
@@ -126,6 +128,13 @@ def test_equal_work_is_judged_by_the_references_own_error():
     wide = LabelNoise([1.0, 2.0, 3.0, 4.0], [1.01, 1.99, 3.01, 3.99])
     chance = equal_work.SPREADS * 0.01 / 2
     assert check_steps(NEAR, REFERENCE, EXACT, wide)["loss_limits"] == pytest.approx([2 * chance] * 3)
+
+
+def test_a_compiled_loop_that_does_other_steps_has_no_rate():
+    check_compiled(NEAR, REFERENCE, EXACT, NOISE)
+    other = Trajectory([3.002, 2.7, 2.6], REFERENCE.norms)
+    with pytest.raises(WorkerError, match="not those of the loop.*its 3.0020 2.7000.*eager loop's 3.00.*fp32's 3.0000"):
+        check_compiled(other, REFERENCE, EXACT, NOISE)
 
 
 def noise_of(error: float, independent: int | None = None) -> LabelNoise:
