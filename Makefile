@@ -2,7 +2,7 @@
 #   PYTHON=python3.12        interpreter the environment is made from (3.11 or newer)
 #   TORCH=torch==2.11.0      torch to install before everything that depends on it
 #   ARGS='-k pack'           extra arguments of pytest for `make test`; '--seed 7' draws other random inputs
-#   TRITON=3.6               another Triton than the newest for `make aot`
+#   TRITON=3.6               another Triton than the newest for `make aot` and `make test`
 #   JOBS=4                   processes that run the tests, each with one thread
 
 SHELL := bash
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --quiet --disable-pip-version-check
 READY := $(VENV)/ready
 TYPING := build/typing/peftdyno
-TRITON_AT := $(if $(TRITON),build/triton-$(TRITON))
+TRITON_AT := $(if $(TRITON),$(CURDIR)/build/triton-$(TRITON))
 
 SANITIZED := build/sanitize
 CHECKED = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED)/lib \
@@ -43,8 +43,8 @@ export KERNELS_IN_USE
 run: $(READY)
 	$(BIN)/peftdyno demo
 
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses=$(JOBS) $(ARGS)
+test: $(READY) $(TRITON_AT)
+	$(if $(TRITON),PYTHONPATH="$(TRITON_AT)") OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses=$(JOBS) $(ARGS)
 
 # The tests of kernels and tapes on a copy of the package whose C++ watches its addresses and for undefined behaviour.
 # Leaks are not looked for: Python keeps much until it exits. AddressSanitizer looks for libstdc++'s exceptions as it
@@ -76,14 +76,15 @@ golden: $(READY)
 # TRITON=3.6 compiles with that version instead, kept beside the environment.
 aot: $(READY) $(TRITON_AT)
 ifdef TRITON
-	PYTHONPATH=$(TRITON_AT) $(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot-triton-$(TRITON).json
+	PYTHONPATH="$(TRITON_AT)" $(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot-triton-$(TRITON).json
 else
 	$(BIN)/python -P -m peftdyno.kernels.triton.ahead --json build/aot.json
 endif
 
-build/triton-%: | $(READY)
+# With a NumPy that the interpreters of Triton before 3.7 can convert.
+$(CURDIR)/build/triton-%: | $(READY)
 	@mkdir -p build && rm -rf $@.part
-	$(PIP) install --no-deps --target $@.part 'triton==$*.*'
+	$(PIP) install --no-deps --target $@.part 'triton==$*.*' 'numpy==2.3.*'
 	@mv $@.part $@
 
 gpu:
