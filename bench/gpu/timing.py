@@ -10,30 +10,16 @@ from typing import Any
 
 import torch
 
-L2_BYTES = 256 * 2**20
-"""Written between two calls so that nothing of the first is left in the L2 cache (60 MB on an H200)."""
+from peftdyno.kernels.triton.tune import milliseconds
 
 
 def median_ms(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 20) -> float:
-    """Median milliseconds of one call; the calls (the same on different data) take turns.
-
-    The queue is filled while the device sleeps, so that launches are not waited for.
-    """
+    """Median milliseconds of one call; the calls (the same on other data) take turns. By the clock without a GPU."""
+    if device.type == "cuda":
+        return milliseconds(calls, device, repeats)
     for call in calls:
         call()
-    if device.type != "cuda":
-        return statistics.median(_clock_ms(calls[i % len(calls)]) for i in range(2))
-    flush = torch.empty(L2_BYTES // 4, dtype=torch.int32, device=device)
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-    torch.cuda.synchronize()
-    torch.cuda._sleep(20_000_000)
-    for i, (start, end) in enumerate(pairs):
-        flush.zero_()
-        start.record()
-        calls[i % len(calls)]()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+    return statistics.median(_clock_ms(calls[i % len(calls)]) for i in range(2))
 
 
 def _clock_ms(call: Callable[[], Any]) -> float:

@@ -21,7 +21,7 @@ TAKES = 100.0
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
     """A row a kernel's tile and a row an operator's form, at the shapes of the model; nothing without a GPU."""
     if device.type == "cuda":
-        tune(section, sizes, device, lambda call: milliseconds(call, device))
+        tune(section, sizes, device, lambda call: milliseconds([call], device))
 
 
 def tune(section: Section, sizes: Sizes, device: torch.device, clock: Timer) -> None:

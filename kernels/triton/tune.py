@@ -8,7 +8,7 @@ faster by more than the spread of repeated measurements. `tuning.save` writes wh
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
@@ -35,7 +35,7 @@ def tune(
 ) -> dict[str, dict[str, Any]]:
     """Fastest tile of each kernel and form of each operator whose name contains `only`, for `tuning.save`:
     {kernel and shape class: {tile, ms, shipped_ms}, operator and shape class: {form, ms of each form}}."""
-    clock = timer or (lambda call: milliseconds(call, device))
+    clock = timer or (lambda call: milliseconds([call], device))
     found: dict[str, dict[str, Any]] = {}
 
     def keep(name: str, entry: dict[str, Any]) -> None:
@@ -109,22 +109,27 @@ def _trial(choice: AbstractContextManager[None], call: Callable[[], Any], truth:
 
 
 FLUSH = 256 * 2**20
-"""Bytes written before each timed call: more than any L2 cache holds."""
+"""Bytes written before each timed call: more than any L2 cache holds (60 MB on an H200)."""
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
-    """Median time of a call on the device that finds none of its operands in the L2 cache, as in a step of training."""
+def milliseconds(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 10) -> float:
+    """Median time of a call on the device that finds none of its operands in the L2 cache, as in a step of training;
+    the calls (the same on different data) take turns.
+
+    The queue is filled while the device sleeps, so that launches are not waited for.
+    """
     if device.type != "cuda":
-        raise ValueError("kernels are tuned on a CUDA device; this machine has none")
+        raise ValueError("kernels are timed on a CUDA device; this machine has none")
+    for call in calls:
+        call()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     others = torch.empty(FLUSH, dtype=torch.uint8, device=device)
-    call()
     torch.cuda.synchronize()
-    torch.cuda._sleep(5_000_000)
-    for start, end in pairs:
+    torch.cuda._sleep(20_000_000)
+    for i, (start, end) in enumerate(pairs):
         others.zero_()
         start.record()
-        call()
+        calls[i % len(calls)]()
         end.record()
     torch.cuda.synchronize()
     median: float = statistics.median(start.elapsed_time(end) for start, end in pairs)

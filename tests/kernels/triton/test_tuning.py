@@ -230,4 +230,4 @@ def test_tuning_reports_and_keeps_tiles_for_the_forms(device: torch.device) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_timed() -> None:
     with pytest.raises(ValueError, match="this machine has none"):
-        tune.milliseconds(lambda: None, CPU)
+        tune.milliseconds([lambda: None], CPU)
