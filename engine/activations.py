@@ -78,8 +78,6 @@ class Activations:
         try:
             with self.scope.within(phase="recompute", layer=region.layer), torch.enable_grad():
                 yield
-        except _Complete:
-            pass
         finally:
             self._running_again, self.scope.layer = None, before
 
@@ -148,8 +146,12 @@ class _Region:
         normed, residual = (
             _unpacked(kept).detach().requires_grad_(n) for kept, n in zip(self.inputs, self.needs, strict=True)
         )
-        with self.owner.running_again(self), saved_tensors_hooks(self._collect, _never):
-            self.block(normed, residual)
+        # Ended here and not in the generator, whose frame would keep the layer's tensors until garbage is collected.
+        try:
+            with self.owner.running_again(self), saved_tensors_hooks(self._collect, _never):
+                self.block(normed, residual)
+        except _Complete:
+            pass
         assert len(self.values) == self.num_saved, (len(self.values), self.num_saved)
         self._waiting, self.values = self.values, {}
 

@@ -85,6 +85,7 @@ class Section:
             self.add(name, ok=False, failed=reason, again=not dead)
             if dead:
                 raise DeviceLost(f"{name}: {reason}") from error
+            error.__traceback__ = None  # its frames hold the row's tensors until garbage is collected
 
     def add(self, name: str, **values: Any) -> None:
         """Keep a row."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +238,24 @@ def test_a_row_that_raises_is_kept_and_tried_again(tmp_path: Path) -> None:
         raise ValueError("no such tile\nand more")
     assert section.rows["a"]["ok"] is False and section.rows["a"]["failed"] == "ValueError: no such tile"
     assert Section.open("micro", tmp_path, 60.0, fresh=False).wants("a")
+
+
+def test_a_row_that_raises_leaves_its_tensors(tmp_path: Path) -> None:
+    """Without the help of the collector of cycles: the next row needs the memory."""
+    section, kept = Section.open("micro", tmp_path, 60.0, fresh=False), []
+
+    def fail() -> None:
+        tensor = torch.ones(3)
+        kept.append(weakref.ref(tensor))
+        raise RuntimeError(f"CUDA out of memory with {tensor.numel()}")
+
+    gc.disable()
+    try:
+        with section.attempt("a"):
+            fail()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
