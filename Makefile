@@ -25,6 +25,16 @@ CHECKED = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED)/lib \
   LD_PRELOAD="$(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
+# What the other packages must leave as it is: torch, and a NumPy that the interpreter of a Triton before 3.7 can convert.
+define CONSTRAINTS
+from importlib.metadata import distributions
+found = {d.name: d.version for d in distributions()}
+print("torch==" + found["torch"])
+if "triton" in found and tuple(map(int, found["triton"].split(".")[:2])) < (3, 7):
+    print("numpy<2.4")
+endef
+export CONSTRAINTS
+
 define KERNELS_SANITIZED
 import torch
 from peftdyno.kernels import _cpu
@@ -123,7 +133,7 @@ clean:
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*) $(VENV)/torch-requirement
 	@echo "Installing $(TORCH) and peftdyno into $(VENV) ..."
 	$(PIP) install "$$(cat $(VENV)/torch-requirement)"
-	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$(VENV)/constraints
+	@$(BIN)/python -c "$$CONSTRAINTS" >$(VENV)/constraints
 	$(PIP) install -c $(VENV)/constraints 'setuptools>=77' wheel ninja
 	$(PIP) install -c $(VENV)/constraints --no-build-isolation -e '.[hf,peft,dev]'
 	@$(BIN)/python -P -c "$$KERNELS_IN_USE"
