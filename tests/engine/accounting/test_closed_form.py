@@ -115,7 +115,8 @@ def test_flop_counter_mode_on_an_eager_model() -> None:
         model(torch.zeros(2, 11, dtype=torch.int64))
     job = Job(config=ours, dtype=torch.float32)
     pack = job.plain_pack(2, 11)
-    counted = counter.get_total_flops()
+    tables = counter.get_flop_counts().get("LlamaForCausalLM.model.rotary_emb", {})
+    counted = counter.get_total_flops() - sum(tables.values())  # angles as a product since torch 2.15
     assert counted == total(closed_form.forward_pass(ours, job.methods, PackShape.of(pack)))[1]
     assert counted == predict.forward_pass(job, pack).total().matrix_full
 
