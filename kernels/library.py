@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +79,15 @@ class Primitive:
 
 
 PRIMITIVES: dict[str, Primitive] = {}
+
+
+def every_primitive() -> dict[str, Primitive]:
+    """All operators, also those whose modules nothing has imported yet."""
+    from peftdyno import kernels
+
+    for module in pkgutil.iter_modules(kernels.__path__, "peftdyno.kernels."):
+        importlib.import_module(module.name)
+    return PRIMITIVES
 
 
 def primitive(

@@ -53,16 +53,12 @@ def _gpu_kernels() -> dict[str, str] | str:
 
 def _operators() -> dict[str, str]:
     """The implementation that each operator takes on this machine's fastest device, with why."""
-    import importlib
-    import pkgutil
-
     import torch
 
-    from peftdyno import kernels
     from peftdyno.kernels import dispatch
-    from peftdyno.kernels.library import PRIMITIVES
+    from peftdyno.kernels.library import every_primitive
 
-    for module in pkgutil.iter_modules(kernels.__path__, "peftdyno.kernels."):
-        importlib.import_module(module.name)  # which registers its operators
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {name: dispatch.explain(name, made.implementations, device) for name, made in sorted(PRIMITIVES.items())}
+    return {
+        name: dispatch.explain(name, made.implementations, device) for name, made in sorted(every_primitive().items())
+    }

@@ -20,7 +20,6 @@ COUNTS = {"num_runs", "num_modules", "num_rows", "num_keys", "num_columns", "num
 COUNTS |= {"out", "first", "last", "P", "P0"}
 """Integers of a pack or a method: they may be anything, so nothing is assumed of them."""
 
-
 Launches = dict[str, list[dict[str, Any]]]
 
 
@@ -75,7 +74,6 @@ def test_integers_are_what_launches_pass(launched: Launches) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches are watched in the interpreter")
 def test_pointers_are_multiples_of_16(launched: Launches) -> None:
     for case, calls in cases(launched):
-        names = [
-            n for n, kind in case.signature.items() if kind.startswith("*") and n != "scaling"
-        ]  # a value at a time
+        pointers = {n for n, kind in case.signature.items() if kind.startswith("*")}
+        names = pointers - {"scaling"}  # of which values are loaded one at a time
         assert not [n for n in names if any(a[n].data_ptr() % 16 for a in calls)], case.name

@@ -118,16 +118,22 @@ def test_every_form_has_a_subject_whose_forms_agree(device: torch.device, triton
     assert operators == set(tuning.FORMS)
 
 
-def test_every_subject_takes_the_tile_of_its_class(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class under which a tile is kept is that of the launch; else what was measured would never be taken."""
-    asked: list[str] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The shape classes for which launches have asked for a tile."""
+    found: set[str] = set()
     take = tuning.tile
 
     def watched(kernel: str, shape: tuple[int, ...], *where: Any) -> Tile:
-        asked.append(tuning.shape_class(kernel, shape))
+        found.add(tuning.shape_class(kernel, shape))
         return take(kernel, shape, *where)
 
     monkeypatch.setattr(tuning, "tile", watched)
+    return found
+
+
+def test_every_subject_takes_the_tile_of_its_class(device: torch.device, asked: set[str]) -> None:
+    """The class under which a tile is kept is that of the launch; else what was measured would never be taken."""
     for sizes in (SIZES, replace(SIZES, runs=1), replace(SIZES, products=(Product(columns=128, outs=(64,)),))):
         for subject in subjects(sizes, device):
             asked.clear()
@@ -136,18 +142,11 @@ def test_every_subject_takes_the_tile_of_its_class(device: torch.device, monkeyp
 
 
 def test_classes_of_a_step_are_those_that_are_tuned(
-    device: torch.device, triton_kernels: None, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, triton_kernels: None, asked: set[str]
 ) -> None:
     """Operators as a model calls them, in every form, ask for no class of a low-rank kernel that has no subject."""
     tuned = {subject.name for subject in subjects(SIZES, device)}
-    asked: set[str] = set()
-    take = tuning.tile
-
-    def watched(kernel: str, shape: tuple[int, ...], *where: Any) -> Tile:
-        asked.add(tuning.shape_class(kernel, shape))
-        return take(kernel, shape, *where)
-
-    monkeypatch.setattr(tuning, "tile", watched)
+    asked.clear()
     for choice in form_subjects(SIZES, device):
         for form in choice.forms:
             with tuning.trial_form(choice.operator, form):
