@@ -14,8 +14,10 @@ import torch
 ROUNDS = 7
 """Rounds of Philox4x32; 7 is the fewest that pass BigCrush (Salmon et al., table 2)."""
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+"""Multipliers of a round."""
+W0, W1 = 0x9E3779B9, 0xBB67AE85
+"""What a round adds to the key."""
 _MASK = 0xFFFFFFFF
 
 
@@ -30,9 +32,9 @@ def philox(counter: tuple[torch.Tensor, ...], key: int) -> tuple[torch.Tensor, .
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(ROUNDS):
-        p0, p1 = _multiply(c0, _M0), _multiply(c2, _M1)
+        p0, p1 = _multiply(c0, M0), _multiply(c2, M1)
         c0, c1, c2, c3 = p1[0] ^ c1 ^ k0, p1[1], p0[0] ^ c3 ^ k1, p0[1]
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+        k0, k1 = (k0 + W0) & _MASK, (k1 + W1) & _MASK
     return c0, c1, c2, c3
 
 

@@ -2,7 +2,8 @@
 
 sm_89 and sm_120 stand for the consumers' GPUs, which take sm_80's tiles: they must fit 99 KB of shared memory. Run
 `python -m peftdyno.kernels.triton.ahead [--arch 90] [--only NAME] [--json FILE]`; exits with 1 where one is broken.
-Tensor-core instructions are read off the machine code: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell).
+Tensor-core instructions are read off the machine code: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell). So is a
+kernel's work, the instructions of its longest loop for one element of the tile that each turn of it reads.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from peftdyno.kernels.triton import machine_code
 from peftdyno.kernels.triton.compiled import Compiled
 from peftdyno.kernels.tuning import shipped_for
 
@@ -50,7 +49,6 @@ MODULES = (
 ARCHITECTURES = (80, 89, 90, 100, 120)
 SMALL = 99 * 1024
 """Bytes of shared memory that sm_80's tiles may take: what a program has on consumers' GPUs."""
-_MATRIX = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class Usage:
     spills: int
     shared: int
     matrix: str
+    work: float
     broken: tuple[str, ...]
 
 
@@ -93,41 +92,24 @@ def compiled(case: Compiled, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _tool(name: str) -> str:
-    from triton import knobs
-
-    return str(getattr(knobs.nvidia, name).path)
-
-
-def _resources(machine_code: bytes) -> tuple[int, int, str]:
-    """Registers a thread, bytes of local memory, and the kinds of tensor-core instruction."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(machine_code)
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        listing = subprocess.run([_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True)
-    text = usage.stdout + usage.stderr
-    registers, stack, local = (int(re.search(rf"{n}:(\d+)", text)[1]) for n in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-    return registers, stack + local, "+".join(sorted(set(_MATRIX.findall(listing.stdout))))
-
-
 def measure(case: Compiled, arch: int) -> Usage:
     """What the kernel uses, against its limits."""
     tiles, case = shipped_for(arch), case.on(shipped_for(arch))
     kernel = compiled(case, arch)
-    registers, spills, matrix = _resources(kernel.asm["cubin"])
-    shared, limits = kernel.metadata.shared, case.limits
+    code, shared, limits = machine_code.read(kernel.asm["cubin"]), kernel.metadata.shared, case.limits
     most_spills = limits.spills_sm_100 if tiles == 100 else limits.spills
     most_shared = min(limits.shared, SMALL) if tiles == 80 else limits.shared
-    expected = limits.matrix.get(tiles, "")
+    expected, most_work = limits.matrix.get(tiles, ""), limits.work.get(tiles, float("inf"))
+    work = code.loop / case.elements_a_thread if case.elements_a_thread else 0.0
     checks = {
-        f"registers > {limits.registers}": registers > limits.registers,
-        f"spills > {most_spills}": spills > most_spills,
+        f"registers > {limits.registers}": code.registers > limits.registers,
+        f"spills > {most_spills}": code.spills > most_spills,
         f"shared > {most_shared}": shared > most_shared,
-        f"{matrix or 'no tensor cores'} instead of {expected or 'none'}": matrix != expected,
+        f"{code.matrix or 'no tensor cores'} instead of {expected or 'none'}": code.matrix != expected,
+        f"instructions an element > {most_work}": work > most_work,
     }
-    return Usage(case.name, arch, registers, spills, shared, matrix, tuple(n for n, bad in checks.items() if bad))
+    broken = tuple(n for n, bad in checks.items() if bad)
+    return Usage(case.name, arch, code.registers, code.spills, shared, code.matrix, round(work, 1), broken)
 
 
 def _measure(place: tuple[int, int]) -> Usage:
@@ -144,11 +126,13 @@ def measured(only: str, architectures: Sequence[int]) -> list[Usage]:
 
 def table(usages: list[Usage]) -> str:
     """One line a kernel and architecture."""
-    lines = [f"{'kernel':<34}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}  tensor cores"]
+    lines = [f"{'kernel':<34}{'arch':>7}{'regs':>6}{'spill':>7}{'shared':>8}{'work':>6}  tensor cores"]
     for u in usages:
         broken = f"  <- {', '.join(u.broken)}" if u.broken else ""
         arch = f"sm_{u.arch}"
-        lines.append(f"{u.kernel:<34}{arch:>7}{u.registers:>6}{u.spills:>7}{u.shared:>8}  {u.matrix or '-'}{broken}")
+        work = f"{u.work:.1f}" if u.work else "-"
+        used = f"{u.registers:>6}{u.spills:>7}{u.shared:>8}{work:>6}"
+        lines.append(f"{u.kernel:<34}{arch:>7}{used}  {u.matrix or '-'}{broken}")
     return "\n".join(lines)
 
 

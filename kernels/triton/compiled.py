@@ -33,6 +33,8 @@ class Limits:
     shared: int = 227 * 1024
     """With sm_80's tiles it is 99 KB in any case, which is what consumers' GPUs have."""
     matrix: Mapping[int, str] = field(default_factory=dict)
+    work: Mapping[int, float] = field(default_factory=dict)
+    """Architecture -> most instructions an element in the longest loop, of a kernel that they bound."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Compiled:
         return replace(self, constants=constants, num_warps=tile.warps, num_stages=tile.stages, tile="")
 
     @property
+    def elements_a_thread(self) -> int:
+        """Elements of a filled-in tile for each thread; 0 where the kernel has none."""
+        rows, columns = (int(self.constants.get(name, 0)) for name in self.sizes)
+        return rows * columns // (32 * self.num_warps)
+
+    @property
     def wide(self) -> bool:
         """Whether it multiplies 32-bit elements."""
         return self.constants.get("PRECISION") == "ieee"
@@ -77,7 +85,7 @@ class Compiled:
             name=f"{self.name}, fp32",
             signature={name: kind.replace("bf16", "fp32") for name, kind in self.signature.items()},
             constants=self.constants | {"PRECISION": "ieee"} | self.fp32,
-            limits=replace(limits, shared=99 * 1024, matrix={}),
+            limits=replace(limits, shared=99 * 1024, matrix={}, work={}),
         )
 
     @property

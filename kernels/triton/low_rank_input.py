@@ -17,7 +17,7 @@ from torch import Tensor
 from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton.compiled import NARROW, Compiled, Limits
-from peftdyno.kernels.triton.dropout import keep
+from peftdyno.kernels.triton.dropout import dropped
 from peftdyno.kernels.triton.glu import activation as activate
 from peftdyno.kernels.triton.low_rank import FIELDS, Modules, modules_of, pack
 from peftdyno.kernels.triton.row_chunks import row_chunks
@@ -51,8 +51,7 @@ def _multiply(
         for m in range(num_modules):
             f = tl.load(at, mask=inside & (owner == m)[None, :], other=0.0)
             key = tl.load(keys + m * num_runs + run)
-            kept = tl.where(keep(stream, key, k0, limit, BLOCK), block, 0.0).to(block.dtype)
-            total = tl.dot(kept, f, total, input_precision=PRECISION)
+            total = tl.dot(dropped(block, stream, key, k0, limit), f, total, input_precision=PRECISION)
     else:
         f = tl.load(at, mask=inside & (owner >= 0)[None, :], other=0.0)
         total = tl.dot(block, f, total, input_precision=PRECISION)

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftdyno.kernels import tuning
 from peftdyno.kernels.random import threshold
 from peftdyno.kernels.triton.compiled import NARROW, WIDE, Compiled, Limits
-from peftdyno.kernels.triton.dropout import keep
+from peftdyno.kernels.triton.dropout import dropped, keep
 from peftdyno.kernels.triton.low_rank import Modules, field
 from peftdyno.kernels.triton.row_chunks import row_chunks, sum_chunks
 
@@ -26,6 +26,10 @@ OUTER_CHUNK = 1024
 PROJECT_PIECE, PIECE, PIECE_FP32 = 128, 64, 32
 """Ranks that are multiplied at a time: more would spill. A projection reads its rows again for each piece, so it takes
 as many as it can. On sm_100 Triton 3.6 rounds 32-bit operands of 64 rows and more to tf32, whatever is asked for."""
+
+DROPOUT_WORK = {80: 15.0, 90: 13.0, 100: 13.5}
+"""Architecture -> most instructions an element at rank 16. With a mask to draw, they and not the bytes are the bound:
+docs/decisions/gpu-kernels.md."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def _project(
         k = k0 + tl.arange(0, BLOCK)
         x = tl.load(source + row * source_stride + k[None, :], mask=here & (k < length)[None, :], other=0.0)
         if DROP:
-            x = tl.where(keep(stream, key, k0, limit, BLOCK), x, 0.0)
+            x = dropped(x, stream, key, k0, limit)
         at = factor + tl.cast(k0, tl.int64) * depth_stride + near
         f = tl.load(at, mask=(k < length)[:, None] & (r < rank)[None, :], other=0.0)
         total = tl.dot(x, f, total, input_precision=PRECISION)
@@ -135,7 +139,7 @@ def _outer(
             )
             if DROP:
                 stream = tl.load(streams + rows, mask=rows < stop, other=0)
-                x = tl.where(keep(stream, key, c0, limit, BLOCK), x, 0.0)
+                x = dropped(x, stream, key, c0, limit)
             total = tl.dot(u, x, total, input_precision=PRECISION)
         total *= tl.load(factors + m * num_runs + run)
         tl.store(at, total, mask=(r < rank)[:, None] & (c < length)[None, :])
@@ -155,7 +159,8 @@ def _add_masked(
     row = rows.to(tl.int64)[:, None]
     here, inside = (rows < stop)[:, None], (c < K)[None, :]
     stream = tl.load(streams + rows, mask=rows < stop, other=0)
-    total = tl.zeros([TOKENS, BLOCK], tl.float32)
+    at = dx + row * dx_stride + c[None, :]
+    total = tl.load(at, mask=here & inside, other=0.0).to(tl.float32)
     for m in range(num_modules):
         rank, u0 = field(modules, m, 0, ALIGNED), field(modules, m, 1, ALIGNED)
         p0 = field(modules, m, 2, ALIGNED) + run * rank
@@ -167,10 +172,8 @@ def _add_masked(
             a = tl.load(down + p * down_stride + c[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
             term = tl.dot(u, a, term, input_precision=PRECISION)
         key = tl.load(keys + m * num_runs + run)
-        total += tl.where(keep(stream, key, c0, limit, BLOCK), term, 0.0)
-    at = dx + row * dx_stride + c[None, :]
-    value = tl.load(at, mask=here & inside, other=0.0).to(tl.float32) + kept * total
-    tl.store(at, value.to(dx.dtype.element_ty), mask=here & inside)
+        total += tl.where(keep(stream, key, c0, limit, BLOCK), kept, 0.0) * term
+    tl.store(at, total.to(dx.dtype.element_ty), mask=here & inside)
 
 
 def _precision(x: Tensor) -> str:
@@ -289,8 +292,8 @@ def _cases() -> list[Compiled]:
     def case(name: str, rank: int, kernel: Any, types: dict[str, str], tile: str, **options: Any) -> Compiled:
         most = PROJECT_PIECE if kernel is _project else PIECE
         constants = _pieces(rank, most) | {"ALIGNED": True, "PRECISION": "tf32"} | options
-        wide = kernel is _add_masked or (kernel is _outer and rank >= 64)
-        limits = Limits(registers=255, matrix=WIDE if wide else NARROW)
+        wide = kernel is not _outer or rank >= 64
+        limits = Limits(registers=255, matrix=WIDE if wide else NARROW, work=DROPOUT_WORK if rank == 16 else {})
         name = f"lora: {name}, rank {rank}"
         return Compiled(
             name, kernel, types, constants, limits=limits, tile=tile, sizes=("TOKENS", "BLOCK"),

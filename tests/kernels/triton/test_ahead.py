@@ -45,6 +45,18 @@ def test_a_fall_to_narrow_products_is_found() -> None:
     assert found.stdout.strip() == "() ('HMMA instead of HGMMA',)", found.stdout + found.stderr
 
 
+def test_work_beyond_its_limit_is_found() -> None:
+    """The same kernel with eight elements a thread, which breaks no other limit."""
+    code = (
+        "from dataclasses import replace; from peftdyno.kernels.triton import ahead, skinny\n"
+        "case = next(case for case in skinny.COMPILED if case.name == 'lora: dA, dropout, rank 16')\n"
+        "low = replace(case, tile='', constants=case.constants | {'TOKENS': 32, 'BLOCK': 64}, num_warps=8)\n"
+        "print(ahead.measure(case, 90).broken, ahead.measure(low, 90).broken)"
+    )
+    found = python("-c", code)
+    assert found.stdout.strip() == "() ('instructions an element > 13.0',)", found.stdout + found.stderr
+
+
 def test_flat_parameters_are_addressed_in_64_bits() -> None:
     """Full fine-tuning trains more than 2**31 values a run."""
     code = "from peftdyno.kernels.triton import adamw, ahead\nprint(ahead.compiled(adamw.COMPILED[0], 90).asm['ttir'])"

@@ -159,11 +159,15 @@ def test_gradients_have_the_same_bits_twice(device: Any) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (63, 127), (40, 64)])
-def test_dropout_draws_the_same_bits(tokens: int, columns: int, device: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dropout_draws_the_same_bits(tokens: int, columns: int, dtype: torch.dtype, device: Any) -> None:
+    """Values of 16 bits are masked in pairs, with a comparison that differs below and above a half."""
     from peftdyno.kernels.triton import dropout
 
     streams = torch.randint(2**62, (tokens,), device=device)
-    for seed in (0, 1):
+    x = torch.full((tokens, columns), float("inf"), dtype=dtype, device=device)
+    for seed, dropped in enumerate((1, 24248, 32767, 32768, 32769, 65535)):
         key = stream_key(seed, "dropout")
-        found: Tensor = dropout.keep_mask(streams, columns, key, 0.37)
-        assert torch.equal(found, keep_mask(streams, columns, key, 0.37))
+        found: Tensor = dropout.drop(x, streams, key, dropped / 65536)
+        kept = keep_mask(streams, columns, key, dropped / 65536)
+        assert torch.equal(found, torch.where(kept, x, 0.0))
