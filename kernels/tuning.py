@@ -50,6 +50,7 @@ SHIPPED: dict[str, dict[int, Tile]] = {
     "lora_project": {80: Tile(32, 128, 4, 3), 90: Tile(64, 128, 8, 3), 100: Tile(64, 128, 8, 3)},
     "lora_outer": dict.fromkeys((80, 90, 100), Tile(64, 128, 4, 3)),
     "lora_add": {80: Tile(64, 128, 8, 1), 90: Tile(64, 64, 4, 1), 100: Tile(64, 64, 4, 1)},
+    "lora_output_gradient": {80: Tile(64, 128, 4, 3), 90: Tile(64, 512, 8, 3), 100: Tile(64, 512, 8, 3)},
     "lora_gemm": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
     "lora_gemm_backward": {80: Tile(64, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 256, 8, 3)},
     "rms_norm_down": dict.fromkeys((80, 90, 100), Tile(16, 128, 4, 2)),
@@ -81,12 +82,13 @@ SHIPPED_FP32: dict[str, Tile] = {
     "nf4_linear": Tile(16, 32, 4, 2),
     "nf4_linear_backward": Tile(16, 32, 4, 2),
 }
-"""Kernel -> tile of 32-bit elements on every architecture: they are multiplied in full precision
-without tensor cores, whose operands and sums all lie in registers, and fit 99 KB of shared memory."""
+"""Kernel that takes 32-bit elements -> its tile on every architecture: they are multiplied in full precision without
+tensor cores, whose operands and sums all lie in registers, and fit 99 KB of shared memory."""
 
 FORMS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("bordered", "plain", "fused"),
     "lora_linear_backward": ("bordered", "plain", "fused"),
+    "lora_output_gradient": ("apart", "together"),
     "attention": ("own", "varlen", "flash-attn"),
     "attention_backward": ("own", "varlen"),
     "rms_norm_down": ("apart", "together"),

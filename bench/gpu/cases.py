@@ -38,8 +38,8 @@ class Case:
     """An operator on arguments that `make(dtype, tokens)` draws; `changed` are those it writes to.
 
     `against` names what a user would otherwise run: a callable with the same arguments, made by `micro`. `form` is one
-    of the operator's forms that only tuning chooses; without it, what runs is what the machine's choices say. `goal`:
-    a goal rests on its time.
+    of the forms that only tuning chooses, the operator's or that of the `part` of it that has forms; without it, what
+    runs is what the machine's choices say. `goal`: a goal rests on its time.
     """
 
     operator: str
@@ -48,6 +48,7 @@ class Case:
     changed: tuple[int, ...] = ()
     against: str = ""
     form: str = ""
+    part: str = ""
     goal: bool = False
 
     @property
@@ -57,7 +58,7 @@ class Case:
 
     def call(self, *arguments: Any) -> Any:
         """The operator's Triton kernels, or its form."""
-        with tuning.trial_form(self.operator, self.form) if self.form else nullcontext():
+        with tuning.trial_form(self.part or self.operator, self.form) if self.form else nullcontext():
             return load(self.operator)(*arguments)
 
 

@@ -28,8 +28,9 @@ def other_cases(sizes: Sizes, device: torch.device) -> list[Case]:
 
 
 def fused_products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """The Triton product with the low-rank term inside, of one run and of several; without dropout backward, where it
-    serves no other. Ranks are such that rows of every operand start at multiples of 16 bytes."""
+    """The Triton product with the low-rank term inside, of one run and of several, without dropout backward, where it
+    serves no other; and du and dB from one read of dy. Ranks are such that rows of every operand start at multiples of
+    16 bytes."""
     draw = Draw(replace(sizes, rank=max(16, sizes.rank)), device)
     for site, (columns, outs) in sites(sizes.config()).items():
         for runs in (1, sizes.runs):
@@ -37,6 +38,8 @@ def fused_products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             dropped, plain = (LowRankCalls(draw, columns, tuple(outs), runs, p, False) for p in (0.05, 0.0))
             yield Case("lora_linear", label, dropped.forward, form="fused")
             yield Case("lora_linear_backward", label, plain.backward, form="fused")
+            label = f"{site}, {runs} runs, dy read once"
+            yield Case("lora_linear_backward", label, dropped.backward, form="together", part="lora_output_gradient")
 
 
 def attentions(sizes: Sizes, device: torch.device) -> Iterator[Case]:

@@ -39,6 +39,7 @@ MODULES = (
     "dropout",
     "low_rank",
     "skinny",
+    "output_gradient",
     "low_rank_input",
     "lora_gemm",
     "nf4",

@@ -18,6 +18,7 @@ from peftdyno.kernels import tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import lora_gemm
 from peftdyno.kernels.triton.low_rank import Modules, modules_of, pack
+from peftdyno.kernels.triton.output_gradient import du_and_db
 from peftdyno.kernels.triton.skinny import Dropout, add_masked, outer, project
 
 
@@ -182,9 +183,8 @@ def backward(
         down, wide = _below(weight, border), _widened(dy, border)[:, dy.shape[1] :]
         wide[:, modules.spread :].zero_()
     pack(a, b, modules, down if need_x else None, up)
-    du = project(dy, up, modules, run_offsets, wide if need_x and drop is None else None, of_b=True)
+    du, db = du_and_db(dy, u, up, modules, run_offsets, wide if need_x and drop is None else None)
     da = outer(du, x, modules, run_offsets, of_b=False, dropout=drop)
-    db = outer(u, dy, modules, run_offsets, of_b=True)
     if not need_x:
         return dy.new_empty(0), da, db
     if one_product:
@@ -243,9 +243,8 @@ def add_backward(
     down, up, wide = _room(dy, dy.shape[1], x.shape[1], modules)
     pack(a, b, modules, down if need_x else None, up)
     wide = wide if need_x and drop is None else None
-    du = project(dy, up, modules, run_offsets, wide, of_b=True)
+    du, db = du_and_db(dy, u, up, modules, run_offsets, wide)
     da = outer(du, x, modules, run_offsets, of_b=False, dropout=drop)
-    db = outer(u, dy, modules, run_offsets, of_b=True)
     if need_x and drop is not None:
         add_masked(dx, du, down, modules, run_offsets, drop)
     elif need_x:

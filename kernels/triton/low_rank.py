@@ -86,6 +86,19 @@ def field(modules, m, NAME: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def store_u(
+    value, narrow, wide, row, r, inside, u0, p0, rank, run, num_runs, narrow_stride, wide_stride, WIDE: tl.constexpr
+):
+    """Ranks `r` of a module's u [T, RANK] for rows [T, 1] of one run: in its columns of u and, WIDE, in the run's of
+    all P, with zeros in those of other runs."""
+    tl.store(narrow + row * narrow_stride + u0 + r[None, :], value, mask=inside)
+    if WIDE:
+        for j in range(num_runs):
+            at = wide + row * wide_stride + p0 + j * rank + r[None, :]
+            tl.store(at, tl.where(j == run, value, 0.0), mask=inside)
+
+
+@triton.jit
 def _pack_down(a, down, columns, rank, a_stride, stride, P0, BLOCK: tl.constexpr):
     p = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -18,8 +18,8 @@ from peftdyno.kernels import tuning
 from peftdyno.kernels.random import threshold
 from peftdyno.kernels.triton.compiled import NARROW, WIDE, Compiled, Limits
 from peftdyno.kernels.triton.dropout import dropped, keep
-from peftdyno.kernels.triton.low_rank import Modules, field
-from peftdyno.kernels.triton.row_chunks import row_chunks, sum_chunks
+from peftdyno.kernels.triton.low_rank import Modules, field, store_u
+from peftdyno.kernels.triton.row_chunks import RowChunks, row_chunks, sum_chunks
 
 OUTER_CHUNK = 1024
 """Tokens over which one program sums dA or dB."""
@@ -89,13 +89,8 @@ def _project(
         f = tl.load(at, mask=(k < length)[:, None] & (r < rank)[None, :], other=0.0)
         total = tl.dot(x, f, total, input_precision=PRECISION)
     value = (total * kept).to(narrow.dtype.element_ty)
-    u0 = field(modules, m, 1, ALIGNED)
-    inside = here & (r < rank)[None, :]
-    tl.store(narrow + row * narrow_stride + u0 + r[None, :], value, mask=inside)
-    if WIDE:
-        for j in range(num_runs):
-            at = wide + row * wide_stride + p0 + j * rank + r[None, :]
-            tl.store(at, tl.where(j == run, value, 0.0), mask=inside)
+    u0, inside = field(modules, m, 1, ALIGNED), here & (r < rank)[None, :]
+    store_u(value, narrow, wide, row, r, inside, u0, p0, rank, run, num_runs, narrow_stride, wide_stride, WIDE)
 
 
 @triton.jit
@@ -251,7 +246,12 @@ def outer(
             OF_B=of_b, DROP=dropout is not None, **pieces, TOKENS=tile.rows, BLOCK=tile.columns,
             ALIGNED=modules.aligned, PRECISION=_precision(right), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    sums = sum_chunks(partials, chunks).view(modules.num_runs, width)
+    return weight_gradients(partials, chunks, shapes)
+
+
+def weight_gradients(partials: Tensor, chunks: RowChunks, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Every module's gradient [R, *shape] from its parts [chunks, values of all modules]."""
+    sums = sum_chunks(partials, chunks).view(chunks.first.numel() - 1, partials.shape[1])
     pieces = sums.split([a * b for a, b in shapes], dim=1)
     return [piece.unflatten(1, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
@@ -269,22 +269,23 @@ def add_masked(dx: Tensor, du: Tensor, down: Tensor, modules: Modules, runs: Seq
         )  # fmt: skip
 
 
-def _types(names: str, **others: str) -> dict[str, str]:
+def types(names: str, **others: str) -> dict[str, str]:
+    """Types of a low-rank kernel's arguments as `Compiled` wants them; those that are not given are 32-bit integers."""
     known = {"table": "*i32", "modules": "*i32", "streams": "*i64", "keys": "*i64", "kept": "fp32"}
     return {name: (others | known).get(name, "i32") for name in names.split()}
 
 
 def _cases() -> list[Compiled]:
-    project_types = _types(
+    project_types = types(
         "source factor narrow wide table modules streams keys K source_stride rank_stride depth_stride narrow_stride"
         " wide_stride num_runs limit kept",
         source="*bf16", factor="*bf16", narrow="*bf16", wide="*bf16",
     )  # fmt: skip
-    outer_types = _types(
+    outer_types = types(
         "left right partials table modules streams keys factors K left_stride right_stride width num_runs limit",
         left="*bf16", right="*bf16", partials="*fp32", factors="*fp32",
     )  # fmt: skip
-    add_types = _types(
+    add_types = types(
         "dx du down table modules streams keys K num_modules num_runs dx_stride du_stride down_stride limit kept",
         dx="*bf16", du="*bf16", down="*bf16",
     )  # fmt: skip

@@ -60,7 +60,8 @@ def neighbours(tile: Tile) -> list[Tile]:
     found += [replace(tile, columns=n) for n in (tile.columns // 2, tile.columns * 2)]
     found += [replace(tile, warps=n) for n in (4, 8) if n != tile.warps]
     found += [replace(tile, stages=n) for n in (tile.stages - 1, tile.stages + 1)]
-    return [t for t in found if 16 <= t.rows <= 256 and 16 <= t.columns <= 256 and 1 <= t.stages <= 5]
+    widest = max(256, tile.columns)
+    return [t for t in found if 16 <= t.rows <= 256 and 16 <= t.columns <= widest and 1 <= t.stages <= 5]
 
 
 def fastest_tile(subject: Subject, device: torch.device, clock: Timer) -> dict[str, Any]:

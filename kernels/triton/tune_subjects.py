@@ -15,7 +15,15 @@ from peftdyno.kernels import glu as gated
 from peftdyno.kernels import linear, low_rank_input, nf4, rms_norm, tuning
 from peftdyno.kernels.adapted_linear import LinearEdits, LowRank, TokenRuns, adapted_linear
 from peftdyno.kernels.library import with_spare
-from peftdyno.kernels.triton import attention, attention_backward, lora_gemm, lora_linear, nf4_gemm, skinny
+from peftdyno.kernels.triton import (
+    attention,
+    attention_backward,
+    lora_gemm,
+    lora_linear,
+    nf4_gemm,
+    output_gradient,
+    skinny,
+)
 from peftdyno.kernels.triton import low_rank_input as low_rank_kernels
 from peftdyno.kernels.triton.attention_library import runnable
 from peftdyno.kernels.triton.low_rank import modules_of
@@ -135,6 +143,13 @@ def _skinny(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[Subject]
     da = lambda: skinny.outer(u, x, modules, runs, of_b=False, dropout=dropout)[0]  # noqa: E731
     yield Subject("lora_outer", (n, product.columns, ranks), da)
     yield Subject("lora_outer", (n, product.out, ranks), lambda: skinny.outer(u, dy, modules, runs, of_b=True)[0])
+
+    def both() -> Tensor:
+        du, db = output_gradient.together(dy, u, up, modules, runs, None)
+        return torch.cat([du.flatten(), db[0].flatten().to(du.dtype)])
+
+    if ranks <= output_gradient.MOST_RANKS:
+        yield Subject("lora_output_gradient", (n, product.out, ranks), both)
 
     def add() -> Tensor:
         dx = x.clone()
@@ -349,3 +364,8 @@ def _lora(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubjec
     yield FormSubject("lora_linear", shape, forms, forward)
     backward = lambda: lora_linear.backward(dy, x, u, weight, *factors, spread, True)[0]  # noqa: E731
     yield FormSubject("lora_linear_backward", shape, forms, backward)
+    modules, up = modules_of(a, rows, factors[2]), draw.rows(product.out, spread)
+    if modules.rank <= output_gradient.MOST_RANKS:
+        gradient = lambda: output_gradient.du_and_db(dy, u, up, modules, offsets, None)[0]  # noqa: E731
+        part = (n, product.out, modules.rank)
+        yield FormSubject("lora_output_gradient", part, tuning.FORMS["lora_output_gradient"], gradient)

@@ -16,7 +16,7 @@ from peftdyno.bench.gpu.sizes import FULL, TINY
 from peftdyno.kernels import dispatch, tuning
 from peftdyno.kernels.triton import attention as forward_kernels
 from peftdyno.kernels.triton import attention_library as library
-from peftdyno.kernels.triton import lora_gemm
+from peftdyno.kernels.triton import lora_gemm, output_gradient
 
 CPU = torch.device("cpu")
 CASES = list(enumerate(other_cases(TINY, CPU)))
@@ -50,8 +50,10 @@ def test_names_are_different() -> None:
 @pytest.mark.parametrize(("index", "case"), CASES, ids=[case.name for _, case in CASES])
 def test_other_calls_are_right(index: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = [launches(monkeypatch, lora_gemm, name) for name in ("product", "product_backward")]
+    together = launches(monkeypatch, output_gradient, "together")
     passes(case, torch.float16 if case.form or index % 2 else torch.float32)
-    assert any(fused) == (case.form == "fused"), "a form that gave way would have checked another"
+    taken = "fused" if any(fused) else "together" if together else ""
+    assert taken == case.form, "a form that gave way would have checked another"
 
 
 @pytest.mark.parametrize("window", [0, 10])

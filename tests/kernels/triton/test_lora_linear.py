@@ -11,7 +11,8 @@ from peftdyno.kernels import lora_linear, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
 from peftdyno.kernels.random import keep_mask, stream_key
-from peftdyno.kernels.triton import load, lora_gemm
+from peftdyno.kernels.triton import load, lora_gemm, output_gradient
+from peftdyno.kernels.tuning import Tile
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,49 @@ def test_a_chosen_form_runs_where_the_operands_allow_it(
     assert not excess("backward", gradients, lora_linear.reference_backward(*backward), truth)
     fused = form == "fused" and case is ALIGNED and dtype == torch.float16
     assert launches == (["product", "product_backward"] if fused else [])
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[3]], ids=["odd", "empty run", "even"])
+@pytest.mark.parametrize(("dropout", "bordered"), [(0.0, True), (0.0, False), (0.3, False)])
+@pytest.mark.parametrize("tile", [None, Tile(16, 16, 4, 1), Tile(32, 64, 4, 1)], ids=["shipped", "small", "wide"])
+def test_one_read_of_dy_gives_du_and_db(
+    case: Case, dropout: float, bordered: bool, tile: Tile | None, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many blocks of columns and chunks of tokens, and with one; du is seen in dA and dx."""
+    if tile is not None:
+        monkeypatch.setitem(tuning.SHIPPED, "lora_output_gradient", dict.fromkeys((80, 90, 100), tile))
+        monkeypatch.setattr(output_gradient, "CHUNK", 32)
+    calls: list[int] = []
+    together = output_gradient.together
+    monkeypatch.setattr(output_gradient, "together", lambda *a: (calls.append(1), together(*a))[1])
+    border = case.spread if bordered else 0
+    x, weight, *rest = arguments(case, dropout, torch.float16, device, border)
+    dy = with_spare(x.shape[0], case.out, border, x)
+    dy.copy_(torch.randn(x.shape[0], case.out))
+    _, u = load("lora_linear")(x, weight, None, *rest, border, border, 0)
+    backward = (dy, x, u, weight, *rest, border, True)
+    with tuning.trial_form("lora_output_gradient", "together"):
+        found, again = (load("lora_linear_backward")(*backward) for _ in range(2))
+    truth = in_float64(lora_linear.reference_backward, backward)
+    assert not excess("lora_linear_backward", found, lora_linear.reference_backward(*backward), truth)
+    pairs = zip([*found[1], *found[2]], [*again[1], *again[2]], strict=True)
+    assert len(calls) == 2 and all(torch.equal(p, q) for p, q in pairs)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(CASES[2], torch.float32), (CASES[4], torch.float16)], ids=["fp32", "ranks"]
+)
+def test_high_ranks_and_wide_elements_read_dy_twice(
+    case: Case, dtype: torch.dtype, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_gradient, "together", None)
+    x, weight, *rest = arguments(case, 0.0, dtype, device, 0)
+    dy, (_, u) = torch.randn(x.shape[0], case.out).to(x), load("lora_linear")(x, weight, None, *rest, 0, 0, 0)
+    backward = (dy, x, u, weight, *rest, 0, True)
+    with tuning.trial_form("lora_output_gradient", "together"):
+        found = load("lora_linear_backward")(*backward)
+    truth = in_float64(lora_linear.reference_backward, backward)
+    assert not excess("lora_linear_backward", found, lora_linear.reference_backward(*backward), truth)
 
 
 def test_gradient_inside_another_tensor_is_not_widened(device: Any) -> None:

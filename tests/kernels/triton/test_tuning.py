@@ -50,7 +50,7 @@ def test_gpus_with_little_shared_memory_take_the_smallest_tiles(
 
 
 def test_wide_elements_have_tiles_of_their_own() -> None:
-    assert tuning.SHIPPED_FP32.keys() == tuning.SHIPPED.keys()
+    assert tuning.SHIPPED.keys() - tuning.SHIPPED_FP32.keys() == {"lora_output_gradient"}, "taken for 16 bits only"
     for kernel, tile in tuning.SHIPPED_FP32.items():
         assert tuning.tile(kernel, (1, 2), CPU, torch.float32) == tile
         assert tuning.tile(kernel, (1, 2), CPU, torch.bfloat16) == tuning.SHIPPED[kernel][90]
