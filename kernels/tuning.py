@@ -99,6 +99,11 @@ FORMS: dict[str, tuple[str, ...]] = {
 """Operator -> its forms, the one taken unless measured otherwise first. A form that the operands do not allow (no
 border laid, rows that no descriptor can address) gives way to the next one that they do."""
 
+FEW = 16
+FORMS_OF_FEW = {"nf4_linear": "fused"}
+"""Operator -> its default on a GPU for at most FEW tokens. To dequantise first writes and reads the weight dense, 4.6
+bytes an element instead of 0.6, which many tokens share and few do not."""
+
 _trial: dict[str, Tile] = {}
 _trial_form: dict[str, str] = {}
 _shipped_only = False
@@ -184,7 +189,10 @@ def form(operator: str, shape: tuple[int, ...], device: torch.device) -> str:
     if operator in _trial_form:
         return _trial_form[operator]
     forms = measured(device).forms
-    return (forms.get(shape_class(operator, shape)) if forms else None) or FORMS[operator][0]
+    if forms and (own := forms.get(shape_class(operator, shape))):
+        return own
+    few = device.type == "cuda" and shape[0] <= FEW
+    return FORMS_OF_FEW.get(operator, FORMS[operator][0]) if few else FORMS[operator][0]
 
 
 def takes(operator: str, form: str, widths: Sequence[int], device: torch.device) -> bool:
@@ -265,4 +273,7 @@ def picked(device: torch.device) -> dict[str, str]:
     chosen = {kernel: f"{tiles[arch]} (shipped for sm_{arch}, where not measured)" for kernel, tiles in SHIPPED.items()}
     chosen |= {name: f"{own} (measured here)" for name, own in sorted(found.tiles.items())}
     chosen |= {operator: f"{forms[0]} (default, where not measured)" for operator, forms in FORMS.items()}
+    if device.type == "cuda":
+        few = {f"{name}, {FEW} tokens": f"{own} (default, where not measured)" for name, own in FORMS_OF_FEW.items()}
+        chosen |= few
     return chosen | {name: f"{own} (measured here)" for name, own in sorted(found.forms.items())}

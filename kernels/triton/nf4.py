@@ -16,18 +16,29 @@ from peftdyno.kernels.triton.compiled import Compiled, Limits
 
 BLOCK_BYTES = tl.constexpr(32)
 """Bytes of codes that share one absolute maximum: 64 elements (Dettmers et al. 2023)."""
+BLOCKS = 64
+"""Such blocks that one program dequantises."""
 
 
 @triton.jit
-def _dequantise(codes, absmax, book, out, num_bytes, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < num_bytes
-    code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    scale = tl.load(absmax + at // BLOCK_BYTES, mask=inside, other=0.0)
-    pair = tl.join(tl.load(book + (code >> 4)) * scale, tl.load(book + (code & 15)) * scale)
-    element = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    value = tl.reshape(pair, [2 * BLOCK])
-    tl.store(out + element, value.to(out.dtype.element_ty), mask=element // 2 < num_bytes)
+def levels(code, book, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """fp32 [ROWS, COLUMNS] of bytes [ROWS, COLUMNS / 2], high half first. The 16 levels lie in shared memory: a lookup
+    there takes an address of 32 bits and no more than one access for a warp."""
+    index = tl.reshape(tl.join(code >> 4, code & 15), [ROWS * COLUMNS])
+    return tl.reshape(tl.gather(book, index, 0), [ROWS, COLUMNS])
+
+
+@triton.jit
+def _dequantise(codes, absmax, book, out, num_blocks, BLOCKS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    block, byte, element = tl.arange(0, BLOCKS), tl.arange(0, BLOCK_BYTES), tl.arange(0, 2 * BLOCK_BYTES)
+    inside = first + block < num_blocks
+    at = codes + first * BLOCK_BYTES + (block[:, None] * BLOCK_BYTES + byte[None, :])
+    code = tl.load(at, mask=inside[:, None], other=0).to(tl.int32)
+    scale = tl.load(absmax + first + block, mask=inside, other=0.0)[:, None]
+    value = levels(code, tl.load(book + tl.arange(0, 16)), BLOCKS, 2 * BLOCK_BYTES) * scale
+    at = out + first * 2 * BLOCK_BYTES + (block[:, None] * 2 * BLOCK_BYTES + element[None, :])
+    tl.store(at, value.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 def dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -36,8 +47,8 @@ def dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: to
 
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     if codes.numel():
-        _dequantise[(triton.cdiv(codes.numel(), 1024),)](
-            codes, absmax, codebook(codes.device), out, codes.numel(), BLOCK=1024, num_warps=4
+        _dequantise[(triton.cdiv(absmax.numel(), BLOCKS),)](
+            codes, absmax, codebook(codes.device), out, absmax.numel(), BLOCKS=BLOCKS, num_warps=4
         )
     return out
 
@@ -71,8 +82,8 @@ COMPILED = [
     Compiled(
         "nf4_dequantise",
         _dequantise,
-        {"codes": "*u8", "absmax": "*fp32", "book": "*fp32", "out": "*bf16", "num_bytes": "i32"},
-        {"BLOCK": 1024},
+        {"codes": "*u8", "absmax": "*fp32", "book": "*fp32", "out": "*bf16", "num_blocks": "i32"},
+        {"BLOCKS": BLOCKS},
         limits=Limits(registers=64, shared=8192),
     ),
     Compiled(

@@ -9,7 +9,7 @@ from torch import Tensor
 from peftdyno.kernels import linear, nf4, nf4_linear, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.oracle import excess, in_float64
-from peftdyno.kernels.triton import load, lora_gemm
+from peftdyno.kernels.triton import load, lora_gemm, nf4_gemm
 from peftdyno.kernels.triton import nf4 as triton_nf4
 
 
@@ -64,7 +64,7 @@ def test_nf4_of_more_elements_than_32_bits_count(device: Any) -> None:
     """The first program of a weight of 2**31 elements stores its part."""
     codes = torch.randint(256, (1024,), dtype=torch.uint8, device=device)
     absmax, out = torch.rand(32, device=device), torch.zeros(2048, device=device)
-    triton_nf4._dequantise[(1,)](codes, absmax, nf4.codebook(codes.device), out, 2**30, BLOCK=1024)
+    triton_nf4._dequantise[(1,)](codes, absmax, nf4.codebook(codes.device), out, 2**25, BLOCKS=32)
     assert torch.equal(out, nf4.reference_dequantise(codes, absmax, 1, 2048, torch.float32)[0])
 
 
@@ -102,6 +102,34 @@ def test_products_that_dequantise_on_the_way(
     assert not excess(
         "backward", load("nf4_linear_backward")(*backward), nf4_linear.reference_backward(*backward), truth
     )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_share_the_columns_among_programs(
+    bias: bool, dtype: torch.dtype, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the columns a program, the last shorter than the others, summed in a fixed order."""
+    rows, columns, out = 3, 27 * 64, 70
+    launched: list[int] = []
+    parts = nf4_gemm._parts
+    monkeypatch.setattr(nf4_gemm, "_parts", lambda *a: (launched.append(parts(*a)[0]), parts(*a))[1])
+    monkeypatch.setattr(nf4_gemm, "_processors", lambda device: 8)
+    weight = nf4.quantise((torch.randn(out, columns, device=device) / 40).to(dtype))
+    beside = torch.randn(out, device=device).to(dtype) if bias else None
+    forward = (rows_beside_others(rows, columns, dtype, device), weight.codes, weight.scales(), out, beside, 8)
+    y, again = load("nf4_linear")(*forward), load("nf4_linear")(*forward)
+    assert launched == [3, 3] and torch.equal(y, again) and y.stride(0) == out + 8
+    truth = in_float64(with_dequantised, (forward[0], weight.dense(), beside))
+    assert not excess("nf4_linear", y, nf4_linear.reference_forward(*forward), truth)
+
+
+def test_parts_cover_the_columns_and_fill_a_gpu(device: Any) -> None:
+    for turns in (1, 7, 8, 16, 64, 224):
+        for programs in (1, 16, 64, 448, 10_000):
+            parts, each = nf4_gemm._parts(turns, programs, torch.device("cpu"))
+            assert (parts - 1) * each < turns <= parts * each
+            assert parts == 1 or (each >= nf4_gemm.TURNS and programs < nf4_gemm.PROGRAMS * 132)
+    assert nf4_gemm._parts(224, 64, torch.device("cpu")) == (9, 25), "9 * 64 is at least 4 * 132"
 
 
 def with_dequantised(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

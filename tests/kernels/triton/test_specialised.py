@@ -16,8 +16,8 @@ from peftdyno.kernels.triton.tune_subjects import Product, TuneSizes, form_subje
 CPU = torch.device("cpu")
 SIZES = TuneSizes(tokens=20, products=(Product(columns=64, outs=(32, 16)),), rank=16, heads=4, key_heads=2, head_dim=16)
 """Widths are multiples of 16, as in models of any size, and the number of tokens is not."""
-COUNTS = {"num_runs", "num_modules", "num_rows", "num_keys", "num_columns", "num_bytes", "count", "rank", "limit"}
-COUNTS |= {"out", "first", "last", "P", "P0"}
+COUNTS = {"num_runs", "num_modules", "num_rows", "num_keys", "num_columns", "num_blocks", "count", "rank", "limit"}
+COUNTS |= {"out", "first", "last", "P", "P0", "turns", "num_parts"}
 """Integers of a pack or a method: they may be anything, so nothing is assumed of them."""
 
 Launches = dict[str, list[dict[str, Any]]]

@@ -95,6 +95,14 @@ def test_measured_choices_hold_for_their_shape_class_only(monkeypatch: pytest.Mo
     assert picked[name] == "plain (measured here)" and "default" in picked["lora_linear"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what was measured here would count")
+def test_few_tokens_have_a_default_of_their_own() -> None:
+    gpu = torch.device("cuda")
+    assert [tuning.form("nf4_linear", (n, 64, 64), gpu) for n in (1, 16, 17)] == ["fused", "fused", "dequantise"]
+    assert tuning.form("nf4_linear", (1, 64, 64), CPU) == "dequantise", "no kernel there"
+    assert tuning.form("lora_linear", (1, 64, 64, 8), gpu) == "bordered"
+
+
 def test_every_tile_has_a_subject(device: torch.device) -> None:
     found = list(subjects(SIZES, device))
     names = {subject.kernel for subject in found}
