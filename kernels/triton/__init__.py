@@ -13,10 +13,6 @@ import torch
 
 from peftdyno.kernels import dispatch
 
-# Multiplications and additions of a kernel are contracted, as all that was checked here is: the default ends with
-# Triton 3.10, and 3.9 warns of it at every first compilation. Who sets the variable is obeyed.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
 OPERATORS = {
     "adamw_": "adamw.update",
     "attention": "attention.forward",

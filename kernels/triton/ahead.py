@@ -3,7 +3,7 @@
 sm_89 and sm_120 stand for the consumers' GPUs, which take sm_80's tiles: they must fit 99 KB of shared memory. Run
 `python -m peftdyno.kernels.triton.ahead [--arch 90] [--only NAME] [--json FILE]`; exits with 1 where one is broken.
 Tensor-core instructions are read off the machine code: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell). So is a
-kernel's work, the instructions of its longest loop for one element of the tile that each turn of it reads.
+kernel's work: the instructions of its longest loop, or of all of it, for one element of its tile.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def measure(case: Compiled, arch: int) -> Usage:
     most_spills = limits.spills_sm_100 if tiles == 100 else limits.spills
     most_shared = min(limits.shared, SMALL) if tiles == 80 else limits.shared
     expected, most_work = limits.matrix.get(tiles, ""), limits.work.get(tiles, float("inf"))
-    work = code.loop / case.elements_a_thread if case.elements_a_thread else 0.0
+    work = code.longest / case.elements_a_thread if case.elements_a_thread else 0.0
     checks = {
         f"registers > {limits.registers}": code.registers > limits.registers,
         f"spills > {most_spills}": code.spills > most_spills,

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftdyno.kernels.tuning import SHIPPED, SHIPPED_FP32
+
+# Multiplications and additions of a kernel are contracted, as all that was checked here is: the default ends with
+# Triton 3.10, and 3.9 warns of it at every first compilation. Who sets the variable is obeyed.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 NARROW = {80: "HMMA", 90: "HMMA", 100: "HMMA"}
 """Architecture -> the only tensor-core instructions of a kernel whose tiles are too low, or whose operands come from
@@ -34,7 +39,7 @@ class Limits:
     """With sm_80's tiles it is 99 KB in any case, which is what consumers' GPUs have."""
     matrix: Mapping[int, str] = field(default_factory=dict)
     work: Mapping[int, float] = field(default_factory=dict)
-    """Architecture -> most instructions an element in the longest loop, of a kernel that they bound."""
+    """Architecture -> most work, of a kernel that instructions bound: `MachineCode.longest`, an element."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Registers a thread, spilled bytes, kinds of tensor-core instruction, and instructions of the longest loop."""
+    """Registers a thread, spilled bytes, kinds of tensor-core instruction, and instructions of the longest loop, of the
+    whole kernel where there is none."""
 
     registers: int
     spills: int
     matrix: str
-    loop: int
+    longest: int
 
 
 def read(binary: bytes) -> MachineCode:
@@ -32,7 +33,9 @@ def read(binary: bytes) -> MachineCode:
         usage, listing = _dump("-res-usage", file.name), _dump("-sass", file.name)
     registers, stack, local = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     matrix = "+".join(sorted(set(_MATRIX.findall(listing))))
-    return MachineCode(registers, stack + local, matrix, max(_loops(listing), default=0))
+    return MachineCode(
+        registers, stack + local, matrix, max(_loops(listing), default=len(_INSTRUCTION.findall(listing)))
+    )
 
 
 def _dump(option: str, file: str) -> str:

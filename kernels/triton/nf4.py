@@ -29,15 +29,15 @@ def levels(code, book, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _dequantise(codes, absmax, book, out, num_blocks, BLOCKS: tl.constexpr):
+def _dequantise(codes, absmax, book, out, num_blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCKS
-    block, byte, element = tl.arange(0, BLOCKS), tl.arange(0, BLOCK_BYTES), tl.arange(0, 2 * BLOCK_BYTES)
+    block, byte, element = tl.arange(0, BLOCKS), tl.arange(0, BLOCK // 2), tl.arange(0, BLOCK)
     inside = first + block < num_blocks
-    at = codes + first * BLOCK_BYTES + (block[:, None] * BLOCK_BYTES + byte[None, :])
+    at = codes + first * (BLOCK // 2) + (block[:, None] * (BLOCK // 2) + byte[None, :])
     code = tl.load(at, mask=inside[:, None], other=0).to(tl.int32)
     scale = tl.load(absmax + first + block, mask=inside, other=0.0)[:, None]
-    value = levels(code, tl.load(book + tl.arange(0, 16)), BLOCKS, 2 * BLOCK_BYTES) * scale
-    at = out + first * 2 * BLOCK_BYTES + (block[:, None] * 2 * BLOCK_BYTES + element[None, :])
+    value = levels(code, tl.load(book + tl.arange(0, 16)), BLOCKS, BLOCK) * scale
+    at = out + first * BLOCK + (block[:, None] * BLOCK + element[None, :])
     tl.store(at, value.to(out.dtype.element_ty), mask=inside[:, None])
 
 
@@ -48,7 +48,14 @@ def dequantise(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: to
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     if codes.numel():
         _dequantise[(triton.cdiv(absmax.numel(), BLOCKS),)](
-            codes, absmax, codebook(codes.device), out, absmax.numel(), BLOCKS=BLOCKS, num_warps=4
+            codes,
+            absmax,
+            codebook(codes.device),
+            out,
+            absmax.numel(),
+            BLOCKS=BLOCKS,
+            BLOCK=2 * BLOCK_BYTES.value,
+            num_warps=4,
         )
     return out
 
@@ -83,8 +90,9 @@ COMPILED = [
         "nf4_dequantise",
         _dequantise,
         {"codes": "*u8", "absmax": "*fp32", "book": "*fp32", "out": "*bf16", "num_blocks": "i32"},
-        {"BLOCKS": BLOCKS},
-        limits=Limits(registers=64, shared=8192),
+        {"BLOCKS": BLOCKS, "BLOCK": 2 * BLOCK_BYTES.value},
+        limits=Limits(registers=64, shared=8192, work={80: 11.0, 90: 11.0, 100: 11.0}),
+        sizes=("BLOCKS", "BLOCK"),
     ),
     Compiled(
         "nf4_absmax",

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from peftdyno.kernels.library import every_primitive
 from peftdyno.kernels.triton import OPERATORS, ahead
 
@@ -33,28 +35,25 @@ def test_a_broken_limit_is_found() -> None:
     assert "registers > 8" in found.stdout and "no tensor cores instead of HGMMA" in found.stdout, found.stderr
 
 
-def test_a_fall_to_narrow_products_is_found() -> None:
-    """Too few rows for Hopper's wide products, which nothing else would tell."""
+@pytest.mark.parametrize(
+    ("name", "tokens", "columns", "warps", "broken"),
+    [
+        ("lora: masked dx, rank 16", 32, 128, 4, "HMMA instead of HGMMA"),
+        ("lora: dA, dropout, rank 16", 32, 64, 8, "instructions an element > 13.0"),
+    ],
+    ids=["too few rows for Hopper's wide products", "too few elements a thread"],
+)
+def test_a_worse_tile_is_found(name: str, tokens: int, columns: int, warps: int, broken: str) -> None:
+    """By the one limit that tells."""
     code = (
         "from dataclasses import replace; from peftdyno.kernels.triton import ahead, skinny\n"
-        "case = next(case for case in skinny.COMPILED if case.name == 'lora: masked dx, rank 16')\n"
-        "low = replace(case, tile='', constants=case.constants | {'TOKENS': 32, 'BLOCK': 128}, num_warps=4)\n"
-        "print(ahead.measure(case, 90).broken, ahead.measure(low, 90).broken)"
+        f"case = next(case for case in skinny.COMPILED if case.name == {name!r})\n"
+        f"constants = case.constants | {{'TOKENS': {tokens}, 'BLOCK': {columns}}}\n"
+        f"worse = replace(case, tile='', constants=constants, num_warps={warps})\n"
+        "print(ahead.measure(case, 90).broken, ahead.measure(worse, 90).broken)"
     )
     found = python("-c", code)
-    assert found.stdout.strip() == "() ('HMMA instead of HGMMA',)", found.stdout + found.stderr
-
-
-def test_work_beyond_its_limit_is_found() -> None:
-    """The same kernel with eight elements a thread, which breaks no other limit."""
-    code = (
-        "from dataclasses import replace; from peftdyno.kernels.triton import ahead, skinny\n"
-        "case = next(case for case in skinny.COMPILED if case.name == 'lora: dA, dropout, rank 16')\n"
-        "low = replace(case, tile='', constants=case.constants | {'TOKENS': 32, 'BLOCK': 64}, num_warps=8)\n"
-        "print(ahead.measure(case, 90).broken, ahead.measure(low, 90).broken)"
-    )
-    found = python("-c", code)
-    assert found.stdout.strip() == "() ('instructions an element > 13.0',)", found.stdout + found.stderr
+    assert found.stdout.strip() == f"() ({broken!r},)", found.stdout + found.stderr
 
 
 def test_flat_parameters_are_addressed_in_64_bits() -> None:

@@ -64,7 +64,7 @@ def test_nf4_of_more_elements_than_32_bits_count(device: Any) -> None:
     """The first program of a weight of 2**31 elements stores its part."""
     codes = torch.randint(256, (1024,), dtype=torch.uint8, device=device)
     absmax, out = torch.rand(32, device=device), torch.zeros(2048, device=device)
-    triton_nf4._dequantise[(1,)](codes, absmax, nf4.codebook(codes.device), out, 2**25, BLOCKS=32)
+    triton_nf4._dequantise[(1,)](codes, absmax, nf4.codebook(codes.device), out, 2**25, BLOCKS=32, BLOCK=64)
     assert torch.equal(out, nf4.reference_dequantise(codes, absmax, 1, 2048, torch.float32)[0])
 
 
