@@ -15,6 +15,7 @@ from peftdyno.engine.accounting.predict import Job, Untuned, forward_pass, gener
 from peftdyno.engine.accounting.scope import Scope
 from peftdyno.engine.accounting.symbolic import SymbolicCounter
 from peftdyno.engine.accounting.tally import Charge, nested
+from peftdyno.engine.accounting.workspace import not_asked
 from peftdyno.engine.activations import POLICIES, Policy
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import Method
@@ -57,7 +58,7 @@ def cost_report(job: Job, batch: int, length: int, limits: Limits | None = None)
             "stored": method.stored_count(job.config),
             "inference": method.inference_count(job.config),
         },
-        "training": {"flops": nested(tally.by("phase", "owner")), "memory": memory_report(memory)},
+        "training": {"flops": nested(tally.by("phase", "owner")), "memory": memory_report(memory, job.device)},
         "inference": {"base": base, "unmerged": _with_extra(_inference(job, batch, length), base)},
     }
     if limits is not None:
@@ -158,13 +159,16 @@ def _with_extra(figures: dict[str, dict[str, int]], base: dict[str, dict[str, in
     }
 
 
-def memory_report(log: MemoryLog) -> dict[str, Any]:
-    """The peak in bytes, when it happens, and what is alive then."""
-    at = log.moments[log.peak_index]
+def memory_report(log: MemoryLog, device: str) -> dict[str, Any]:
+    """The peak in bytes, when it happens, what is alive then, and why it is not exact where it is not; on CUDA also
+    what PyTorch's allocator takes from the card."""
+    at, inexact = log.moments[log.peak_index], not_asked(device)
     return {
         "predicted_peak_bytes": log.peak_bytes,
         "at": {"phase": at.phase, "layer": at.layer, "operator": at.operator},
         "by_category": log.by_category(log.peak_index),
+        **({"predicted_reserved_bytes": log.reserved_bytes} if device == "cuda" else {}),
+        **({} if inexact is None else {"not_exact": inexact}),
     }
 
 

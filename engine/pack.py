@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from peftdyno.kernels.adapted_linear import TokenRuns
 from peftdyno.kernels.attention import AttentionLayout
+from peftdyno.kernels.transfer import sent
 
 PREFIX_STREAM = 1 << 38
 """Stands for the sequence's ordinal in the token identities of a prefix shared by several sequences."""
@@ -102,8 +103,10 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """Copy with the arrays on `device`; the attention tables stay on the CPU, where kernels read their shapes."""
-        moved = {n: getattr(self, n).to(device) for n in ("tokens", "positions", "virtual_rows", "virtual_index")}
-        labels = {n: getattr(self.labels, n).to(device) for n in ("index", "target", "weight", "rows", "place")}
+        names = ("tokens", "positions", "virtual_rows", "virtual_index")
+        moved: dict[str, Any] = {n: sent(getattr(self, n), device) for n in names}
+        of_labels = ("index", "target", "weight", "rows", "place")
+        labels: dict[str, Any] = {n: sent(getattr(self.labels, n), device) for n in of_labels}
         row_runs = _runs_to(self.labels.row_runs, device)
         return replace(
             self,
@@ -114,7 +117,7 @@ class Pack:
 
 
 def _runs_to(runs: TokenRuns, device: torch.device | str) -> TokenRuns:
-    return replace(runs, streams=None if runs.streams is None else runs.streams.to(device))
+    return replace(runs, streams=None if runs.streams is None else sent(runs.streams, device))
 
 
 def shared_prefix_length(rows: SequenceOf[SequenceOf[int]]) -> int:

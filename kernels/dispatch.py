@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +11,7 @@ import torch
 Choice = Literal["auto", "reference", "cpu", "triton"]
 
 _choice: Choice = "auto"
+_stood_for: torch.device | None = None
 
 
 def use(choice: str) -> None:
@@ -26,6 +28,22 @@ def use(choice: str) -> None:
 def current() -> Choice:
     """The choice in force."""
     return _choice
+
+
+@contextmanager
+def shapes_of(device: torch.device) -> Iterator[None]:
+    """Within it, tensors of the meta device stand for those of `device`: what runs there is sized, not computed."""
+    global _stood_for
+    before, _stood_for = _stood_for, device
+    try:
+        yield
+    finally:
+        _stood_for = before
+
+
+def meant(device: torch.device) -> torch.device:
+    """The device that a tensor's device is, or stands for."""
+    return device if _stood_for is None or device.type != "meta" else _stood_for
 
 
 def choose(name: str, implementations: Mapping[str, Any], device: torch.device) -> str:

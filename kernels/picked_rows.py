@@ -56,7 +56,7 @@ def picked_rows(x: Tensor, index: Tensor, *, trained: bool = False) -> Tensor:
 
     On a CPU PyTorch's own gradient has an order; on a GPU it takes atomics.
     """
-    if x.is_cuda or dispatch.current() == "triton":
+    if dispatch.meant(x.device).type == "cuda" or dispatch.current() == "triton":
         y: Tensor = apply(_PickedRows, x, index, trained)
         return y
     return x.index_select(0, index)

@@ -17,11 +17,12 @@ from torch import Tensor
 from peftdyno.kernels import cpu, triton
 from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.library import Cost, OwnedCost, primitive, row_bytes, with_spare
+from peftdyno.kernels.transfer import sent
 
 
 def rows_of_runs(values: Tensor, run_offsets: Sequence[int]) -> Tensor:
     """[R, ...] values repeated to one row a token, [N, ...]."""
-    lengths = torch.tensor(run_offsets, device=values.device).diff()
+    lengths = sent(torch.tensor([stop - start for start, stop in itertools.pairwise(run_offsets)]), values.device)
     return values.repeat_interleave(lengths, dim=0, output_size=run_offsets[-1] - run_offsets[0])
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from peftdyno.kernels import dispatch
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -153,8 +155,10 @@ def untuned() -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> int:
-    """The architecture whose shipped tiles a device takes; sm_90's in the interpreter."""
-    if device.type != "cuda":
+    """The architecture whose shipped tiles a device takes; sm_90's in the interpreter, and of a GPU that is not at
+    hand."""
+    device = dispatch.meant(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return shipped_for(10 * major + minor)
@@ -164,6 +168,14 @@ def shipped_for(arch: int) -> int:
     """sm_90 and 10.x have their own tiles; all others take those of sm_80, which fit the 99 KB of shared memory that
     sm_86, sm_89 and sm_12x have and use no instruction that only a data centre's GPU has."""
     return {9: 90, 10: 100}.get(arch // 10, 80)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H200's in the interpreter, and of a GPU that is not at hand."""
+    device = dispatch.meant(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tile(kernel: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tile:
@@ -191,7 +203,7 @@ def form(operator: str, shape: tuple[int, ...], device: torch.device) -> str:
     forms = measured(device).forms
     if forms and (own := forms.get(shape_class(operator, shape))):
         return own
-    few = device.type == "cuda" and shape[0] <= FEW
+    few = dispatch.meant(device).type == "cuda" and shape[0] <= FEW
     return FORMS_OF_FEW.get(operator, FORMS[operator][0]) if few else FORMS[operator][0]
 
 
@@ -207,6 +219,7 @@ def takes(operator: str, form: str, widths: Sequence[int], device: torch.device)
 
 def measured(device: torch.device) -> Measured:
     """What was measured on this kind of GPU; nothing in the interpreter, nor of a GPU that is not at hand."""
+    device = dispatch.meant(device)
     if _shipped_only or device.type != "cuda" or not torch.cuda.is_available():
         return _NOTHING
     return _measured(_cache_file(device, os.environ.get("XDG_CACHE_HOME")))

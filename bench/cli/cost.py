@@ -120,6 +120,10 @@ def _print_one(report: dict[str, Any]) -> None:
     at = memory["at"]
     title = f"Training memory: {memory['predicted_peak_bytes'] / 1e9:.3f} GB at the peak"
     print_table(("category", "GB"), rows, title=f"{title} ({at['phase']}, layer {at['layer']}, {at['operator']})")
+    if "predicted_reserved_bytes" in memory:
+        OUT.print(f"{memory['predicted_reserved_bytes'] / 1e9:.3f} GB reserved by PyTorch's allocator", highlight=False)
+    if "not_exact" in memory:
+        OUT.print(memory["not_exact"], highlight=False)
     if "within_limit" in report["training"]:
         OUT.print(report["training"]["within_limit"]["says"], highlight=False)
 
@@ -161,6 +165,8 @@ def _print_many(reports: dict[str, dict[str, Any]]) -> None:
         "GFLOP a token", "training GB",
     )  # fmt: skip
     print_table(header, rows, title=f"{first['model']}, {first['dtype']}: {_setup(first)}")
+    if "not_exact" in first["training"]["memory"]:
+        print(first["training"]["memory"]["not_exact"])
     for name, report in reports.items():
         if "within_limit" in report["training"]:
             print(f"{name}: {report['training']['within_limit']['says']}")

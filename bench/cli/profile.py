@@ -41,12 +41,14 @@ def command(
     from peftdyno.bench.profiling.profile import profile
     from peftdyno.bench.profiling.spec import Spec
 
+    place = choose_device(device or "auto")
     spec = Spec(
         model=model or o.DEFAULT_MODEL,
         method=method,
         sets=tuple(sets or ()),
         dtype=o.dtype(dtype),
-        device=choose_device(device or "auto").type,
+        device=place.type,
+        card=place.index or 0,
         batch=batch,
         length=seq,
     )

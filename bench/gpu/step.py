@@ -18,6 +18,7 @@ from peftdyno.bench.gpu.sizes import Sizes
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.accounting.predict import Job, Untuned, run_step, training_step
 from peftdyno.engine.accounting.scope import Scope
+from peftdyno.engine.activations import Policy
 from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.adapters.bank import AdapterBank
 from peftdyno.engine.adapters.method import MODULES, Method
@@ -38,12 +39,14 @@ FROZEN, HF, HF_LIGER = "frozen forward, backward to layer 0's qkv", "HF + PEFT",
 
 @dataclass(frozen=True)
 class Setting:
-    """A row: the method of each run, whether products are bordered, and whether the step is recorded and replayed."""
+    """A row: the method of each run, whether products are bordered, whether the step is recorded and replayed, and what
+    layers keep for the backward pass."""
 
     name: str
     methods: tuple[Method, ...]
     bordered: bool = False
     graphs: bool = False
+    activations: Policy = "keep"
 
 
 def settings(sizes: Sizes) -> list[Setting]:
@@ -57,6 +60,12 @@ def settings(sizes: Sizes) -> list[Setting]:
         Setting(f"lora r16, dropout, {sizes.runs} runs", (lora,) * sizes.runs, True),
         *(Setting(name, (METHODS[name](),)) for name in ("ia3", "ln-tuning", "bitfit")),
     ]
+
+
+def lean(sizes: Sizes) -> Setting:
+    """The first setting, with pointwise results computed again instead of kept."""
+    lora = settings(sizes)[0]
+    return replace(lora, name=f"{lora.name}, --activations cheap", activations="cheap")
 
 
 def short_settings(sizes: Sizes) -> list[Setting]:
@@ -87,7 +96,7 @@ def pack_of(sizes: Sizes, runs: int, vocabulary: int) -> Pack:
 
 
 def model(
-    sizes: Sizes, methods: Sequence[Method], device: torch.device, *, bordered: bool
+    sizes: Sizes, methods: Sequence[Method], device: torch.device, *, bordered: bool, activations: Policy = "keep"
 ) -> tuple[Decoder, AdapterBank]:
     """Random bf16 weights (fp32 where there is no GPU) and a bank."""
     config = sizes.config()
@@ -96,7 +105,7 @@ def model(
     bank = AdapterBank.create(config, list(methods), list(range(len(methods))), weights)
     if bordered:
         lay_borders(weights, bank)
-    return Decoder(config, weights), bank
+    return Decoder(config, weights, activations=activations), bank
 
 
 def times(call: Callable[[], Any], device: torch.device, count: int = STEPS) -> float:
@@ -114,7 +123,9 @@ def times(call: Callable[[], Any], device: torch.device, count: int = STEPS) -> 
 def run(section: Section, sizes: Sizes, device: torch.device, *, tiny: bool) -> None:
     """Tokens a second, share of the matmul ceiling by counted FLOPs, and peak memory, a row a setting."""
     top = measured_ceilings(section, device, tiny=tiny)
+    release(device)
     rows = [(s, sizes) for s in settings(sizes)] + [(s, short(sizes)) for s in short_settings(sizes)]
+    rows.insert(1, (lean(sizes), sizes))
     for setting, computed in rows:
         if section.wants(setting.name):
             with section.attempt(setting.name):
@@ -148,7 +159,7 @@ def release(device: torch.device) -> None:
 
 
 def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -> dict[str, Any]:
-    decoder, bank = model(sizes, setting.methods, device, bordered=setting.bordered)
+    decoder, bank = model(sizes, setting.methods, device, bordered=setting.bordered, activations=setting.activations)
     pack = pack_of(sizes, len(setting.methods), decoder.config.vocab_size)
     optimizer, ledger = AdamW.create(bank), Ledger(Scope())
     recorder = CudaRecorder() if device.type == "cuda" else EagerRecorder()
@@ -159,7 +170,10 @@ def _step(setting: Setting, sizes: Sizes, device: torch.device, *, tiny: bool) -
         return times(step, device, 2 if tiny else STEPS)
 
     taken = seconds()
-    job = Job(config=decoder.config, methods=setting.methods, dtype=decoder.dtype, device=device.type)
+    job = Job(
+        config=decoder.config, methods=setting.methods, dtype=decoder.dtype, device=device.type,
+        activations=setting.activations,
+    )  # fmt: skip
     flops = training_step(job, [pack]).total().flops
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     row = {"seconds": taken, "tokens_per_second": pack.num_tokens / taken, "flops": flops, "peak_bytes": peak}

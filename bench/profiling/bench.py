@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from peftdyno.engine.accounting.ledger import Ledger
 from peftdyno.engine.accounting.predict import Job, run_step
 from peftdyno.engine.adapters.bank import AdapterBank
+from peftdyno.engine.border import fit_borders
 from peftdyno.engine.decoder import Decoder
 from peftdyno.engine.optim import AdamW
 from peftdyno.engine.pack import Pack
@@ -24,9 +27,10 @@ class Bench:
 
     @classmethod
     def of(cls, job: Job, batch: int, length: int) -> Bench:
-        """Everything that a step needs, on the job's device."""
+        """Everything that a step needs, on the job's device, with the borders that a training has there."""
         weights = random_weights(job.config, job.dtype, device=job.device)
         bank = AdapterBank.create(job.config, job.methods, range(len(job.methods)), weights)
+        fit_borders(weights, bank, torch.device(job.device))
         pack = job.plain_pack(batch, length).to(job.device)
         return cls(Decoder(job.config, weights), bank, AdamW.create(bank), pack)
 

@@ -35,6 +35,7 @@ def main(text: str) -> None:
     """A step that compiles what must be compiled, then one that is marked."""
     values = json.loads(text)
     spec = Spec(**{**values, "sets": tuple(values["sets"])})
+    torch.cuda.set_device(spec.card)
     bench = Bench.of(spec.job(), spec.batch, spec.length)
     for ledger in (Ledger, MarkedLedger):
         bench.step(ledger(bench.decoder.scope, on=False))

@@ -13,7 +13,8 @@ from peftdyno.engine.sources import resolve_config
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A step of a method on a model's shape: `batch` sequences of `length` tokens; `sets` are of --set."""
+    """A step of a method on a model's shape: `batch` sequences of `length` tokens; `sets` are of --set, `card` is which
+    of several CUDA devices."""
 
     model: str
     method: str
@@ -22,6 +23,7 @@ class Spec:
     device: str
     batch: int
     length: int
+    card: int = 0
 
     def job(self) -> Job:
         """The job; UserError where model, method or a setting is unknown."""

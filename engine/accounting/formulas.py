@@ -41,6 +41,15 @@ def _copy(arguments: Sequence[Any], result: Any) -> Cost:
     return Cost(bytes=2 * moved(result))
 
 
+def transferred(arguments: Sequence[Any], result: Tensor) -> bool:
+    """Whether a copy came from another device: it is an input, of which the device computes nothing."""
+    return any(t.device != result.device for t in tensors(list(arguments)))
+
+
+def _transfer(arguments: Sequence[Any], result: Any) -> Cost:
+    return Cost() if transferred(arguments, result) else _copy(arguments, result)
+
+
 def _read_and_write(arguments: Sequence[Any], result: Any) -> Cost:
     return Cost(bytes=moved(list(arguments), result))
 
@@ -96,14 +105,12 @@ def _picked_rows(arguments: Sequence[Any], result: Any) -> Cost:
 
 VIEWS = (
     "alias as_strided detach expand lift_fresh permute promote_types select slice split split_with_sizes squeeze t"
-    " transpose unbind unsqueeze unfold view _unsafe_view _reshape_alias diagonal _local_scalar_dense"
+    " transpose unbind unsqueeze unfold view _unsafe_view _reshape_alias diagonal _local_scalar_dense is_pinned"
+    " _pin_memory"
 )
 ALLOCATIONS = "empty empty_like empty_strided new_empty new_empty_strided"
 FILLS = "arange fill_ full full_like new_full new_ones new_zeros ones ones_like scalar_tensor zero_ zeros zeros_like"
-COPIES = (
-    "_to_copy cat clone constant_pad_nd copy_ flip repeat repeat_interleave select_backward slice_backward stack tril"
-    " triu"
-)
+COPIES = "cat clone constant_pad_nd flip repeat repeat_interleave select_backward slice_backward stack tril triu"
 POINTWISE = {
     0: "lt le gt ge eq ne logical_and logical_not logical_or bitwise_and bitwise_or bitwise_xor bitwise_not"
     " __lshift__ __rshift__ __and__ __or__ __xor__ masked_fill masked_fill_ where isfinite searchsorted",
@@ -123,6 +130,7 @@ def _table() -> dict[str, Formula]:
         (VIEWS + " " + ALLOCATIONS, _free),
         (FILLS, _fill),
         (COPIES, _copy),
+        ("_to_copy copy_", _transfer),
         ("index_select embedding gather index", _picked_rows),
         ("index_copy nonzero _unique2 argmax max argsort sort topk index_put scatter", _read_and_write),
         ("index_copy_ index_put_ scatter_", _written_rows),

@@ -11,11 +11,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from peftdyno.engine.accounting.allocators import Grant, allocator
 from peftdyno.engine.accounting.dispatch_mode import DispatchMode
-from peftdyno.engine.accounting.formulas import tensors
+from peftdyno.engine.accounting.formulas import tensors, transferred
+from peftdyno.engine.accounting.gpu_scratch import Event, cublas_bytes
 from peftdyno.engine.accounting.quick_shapes import quick_shape
 from peftdyno.engine.accounting.scope import Phase, Scope
-from peftdyno.engine.accounting.workspace import workspace
+from peftdyno.engine.accounting.workspace import Workspaces
 
 Category = Literal[
     "base weights", "adapter", "optimizer", "gradients", "activations", "logits", "kv cache", "inputs", "workspace"
@@ -52,6 +54,8 @@ class MemoryLog:
 
     blocks: list[Block] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
+    reserved_bytes: int = 0
+    """What the allocator took from the device at most: on CUDA whole segments, cached blocks included."""
 
     @property
     def peak_bytes(self) -> int:
@@ -110,17 +114,27 @@ class MemoryTracker(DispatchMode):
     ) -> None:
         super().__init__()
         self.scope = scope
-        self.runs_on = runs_on
+        self._workspaces = Workspaces(runs_on, probe=probe)
+        self._library = cublas_bytes() if runs_on == "cuda" else 0
+        self._allocator = allocator(runs_on)
         self.symbolic = symbolic
-        self.probe = probe
         self.devices = {"meta"} | ({"cpu"} & {runs_on}) if symbolic else {runs_on}
         self.vocabulary = vocabulary
         self.log = MemoryLog()
         self._live = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
+        self._alive: dict[int, tuple[Block, weakref.ref[Any]]] = {}
+        self.begin(kept)
+
+    def begin(self, kept: Mapping[Category, Iterable[Tensor]]) -> None:
+        """Start the log anew with what is alive, of which `kept` are those of known categories."""
         for category, held in kept.items():
             for tensor in held:
                 self._meet(tensor, category, "")
+                if (found := self._alive.get(tensor.untyped_storage()._cdata)) is not None:
+                    found[0].category = category
+        for block, _ in self._alive.values():
+            block.born = 0
+        self.log = MemoryLog([block for block, _ in self._alive.values()])
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -135,42 +149,61 @@ class MemoryTracker(DispatchMode):
         """Note what one call found and made."""
         for tensor in tensors(list(args)):
             self._meet(tensor, "inputs", "")
-        name = func._opname
-        for tensor in tensors(result):
-            self._meet(tensor, self._category(tensor), name)
-        held = workspace(func.namespace, name, args, self.runs_on, probe=self.probe)
+        name, events = func._opname, self._workspaces.events(func.namespace, func._opname, args)
+        most, grants = self._replay(events or ())
+        for place, tensor in enumerate(tensors(result)):
+            sent = name == "_to_copy" and transferred(args, tensor)
+            category = "inputs" if sent else self._category(tensor)
+            self._meet(tensor, category, name, grants.get(place))
+        if events is None:
+            held = self._library + self._workspaces.of(func.namespace, name, args)
+        else:
+            held = self._library + max(most - self._live, 0)
         scope = self.scope
+        self.log.reserved_bytes = max(self.log.reserved_bytes, self._allocator.reserved + self._library)
         self.log.moments.append(Moment(scope.phase, scope.layer, name, self._live + held, held))
+
+    def _replay(self, events: Sequence[Event]) -> tuple[int, dict[int, Grant]]:
+        """Most bytes alive in a call that allocates so, and the grants of its results by their place."""
+        live = most = self._live
+        scratch: dict[int, Grant] = {}
+        results: dict[int, Grant] = {}
+        for event in events:
+            if event.nbytes is None:
+                grant = scratch.pop(event.storage)
+                live -= grant.nbytes  # a freed block grows by its neighbours
+                self._allocator.release(grant)
+                continue
+            grant = self._allocator.grant(event.nbytes)
+            live += grant.nbytes
+            most = max(most, live)
+            if event.result < 0:
+                scratch[event.storage] = grant
+            else:
+                results[event.result] = grant
+        return most, results
 
     def _category(self, tensor: Tensor) -> Category:
         if tensor.dim() and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point():
             return "logits"
         return "gradients" if self.scope.phase == "backward" else "activations"
 
-    def _meet(self, tensor: Tensor, category: Category, operator: str) -> None:
-        """Start to follow a tensor's storage, unless it is known or elsewhere."""
+    def _meet(self, tensor: Tensor, category: Category, operator: str, grant: Grant | None = None) -> None:
+        """Start to follow a tensor's storage, unless it is known or elsewhere; `grant`: where it lies already."""
         if tensor.device.type not in self.devices:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._seen:
+        if key in self._alive:
             return
-        granted = _granted(storage.nbytes(), self.runs_on)
-        block = Block(granted, category, self.scope.layer, operator, len(self.log.moments))
-        self._seen[key] = weakref.ref(storage, lambda _: self._lose(key, block))
+        lies = self._allocator.grant(storage.nbytes()) if grant is None else grant
+        block = Block(lies.nbytes, category, self.scope.layer, operator, len(self.log.moments))
+        self._alive[key] = block, weakref.ref(storage, lambda _: self._lose(key, block, lies))
         self.log.blocks.append(block)
         self._live += block.nbytes
 
-    def _lose(self, key: int, block: Block) -> None:
+    def _lose(self, key: int, block: Block, grant: Grant) -> None:
         block.died = len(self.log.moments)
         self._live -= block.nbytes
-        self._seen.pop(key, None)
-
-
-CUDA_GRAIN = 512
-"""Bytes that PyTorch's CUDA allocator rounds every request up to."""
-
-
-def _granted(nbytes: int, device: str) -> int:
-    """What an allocator gives for a request."""
-    return -(-nbytes // CUDA_GRAIN) * CUDA_GRAIN if device == "cuda" else nbytes
+        self._allocator.release(grant)
+        self._alive.pop(key, None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +64,12 @@ def training_memory(job: Job, packs: Sequence[Pack], *, probe: bool = False) -> 
 def step_prediction(job: Job, packs: Sequence[Pack], *, probe: bool = False) -> tuple[Tally, MemoryLog]:
     """Costs and memory of one training step, from one symbolic run."""
     scope = Scope()
-    decoder, bank = job.model(scope)
-    optimizer, best = AdamW.create(bank), bank.flat.clone()
-    placed = [pack.to(decoder.device) for pack in packs]
-    kept = held(decoder, bank, optimizer, placed, [best])
-    tracker = MemoryTracker(scope, job.device, kept, job.config.vocab_size, symbolic=True, probe=probe)
+    tracker = _tracker(job, scope, probe)
+    with _followed(tracker, job):
+        decoder, bank = job.model(scope)
+        optimizer, best = AdamW.create(bank), bank.flat.clone()
+        placed = [pack.to(decoder.device) for pack in packs]
+    tracker.begin(held(decoder, bank, optimizer, placed, [best]))
     counter = SymbolicCounter(scope, job.device)
     with tracker:
         run_step(decoder, bank, optimizer, placed, Ledger(scope, counter=counter))
@@ -76,15 +79,26 @@ def step_prediction(job: Job, packs: Sequence[Pack], *, probe: bool = False) -> 
 def validation_memory(job: Job, pack: Pack, *, probe: bool = False) -> MemoryLog:
     """The memory of the losses of a pack between two training steps, without gradients."""
     scope = Scope()
-    decoder, bank = job.model(scope)
-    placed = pack.to(decoder.device)
-    kept = held(decoder, bank, AdamW.create(bank), [placed], [bank.flat.clone()])
-    tracker = MemoryTracker(scope, job.device, kept, job.config.vocab_size, symbolic=True, probe=probe)
+    tracker = _tracker(job, scope, probe)
+    with _followed(tracker, job):
+        decoder, bank = job.model(scope)
+        optimizer, best = AdamW.create(bank), bank.flat.clone()
+        placed = pack.to(decoder.device)
+    tracker.begin(held(decoder, bank, optimizer, [placed], [best]))
     with tracker, SymbolicCounter(scope, job.device), scope.within(phase="evaluation"):
         bank.begin(0, training=False)
         with torch.no_grad():
             decoder.losses(placed, bank)
     return tracker.log
+
+
+def _tracker(job: Job, scope: Scope, probe: bool) -> MemoryTracker:
+    return MemoryTracker(scope, job.device, {}, job.config.vocab_size, symbolic=True, probe=probe)
+
+
+def _followed(tracker: MemoryTracker, job: Job) -> AbstractContextManager[Any]:
+    """On CUDA the making of a model is followed too, for it decides how the allocator's blocks lie."""
+    return tracker if job.device == "cuda" else nullcontext()
 
 
 def follow_step(

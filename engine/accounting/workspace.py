@@ -1,6 +1,7 @@
 """Workspace: bytes that an operator holds during a call beside its arguments and results, as it runs on a device.
 
-A cost formula states the workspace of the plain definition; the compiled CPU kernels say themselves what they hold.
+A cost formula states the workspace of the plain definition; the compiled CPU kernels say themselves what they hold, and
+the code that launches Triton kernels is asked, where Triton is installed.
 """
 
 from __future__ import annotations
@@ -11,25 +12,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftdyno.engine.accounting.gpu_scratch import Event, TritonScratch
 from peftdyno.engine.accounting.library_scratch import MATMULS, product_scratch
-from peftdyno.kernels import dispatch
+from peftdyno.kernels import dispatch, triton
 from peftdyno.kernels.library import COSTS, PRIMITIVES
 from peftdyno.kernels.workspace import cpu_workspace, label_loss_rows, own_product
 
 
-def workspace(namespace: str, operator: str, arguments: Sequence[Any], device: str, *, probe: bool = False) -> int:
-    """Bytes of one call of an operator as it runs on a device of type `device`.
+def not_asked(device: str) -> str | None:
+    """What keeps a device's workspaces from being exact, in a sentence; None where they are."""
+    if device != "cuda" or triton.installed() or dispatch.current() == "reference":
+        return None
+    return "Triton is not installed: the scratch of its kernels is taken from their plain definitions"
+
+
+class Workspaces:
+    """What calls hold as they run on a device of type `device`.
 
     With `probe` the scratch of the CPU's matrix library is included, which is measured on this machine.
     """
-    if namespace == "aten":
+
+    def __init__(self, device: str, *, probe: bool = False) -> None:
+        self.device = torch.device(device)
+        self.probe = probe
+        self._triton = TritonScratch()
+
+    def events(self, namespace: str, operator: str, arguments: Sequence[Any]) -> tuple[Event, ...] | None:
+        """What a call allocates and frees, its results too; None where `of` says it in one figure."""
+        if namespace == "aten" or not triton.serves(operator, self.device) or not triton.installed():
+            return None
+        return self._triton.of(operator, arguments)
+
+    def of(self, namespace: str, operator: str, arguments: Sequence[Any]) -> int:
+        """Bytes of one call."""
+        if namespace == "aten":
+            return self._product(operator, arguments)
+        if self.device.type == "cpu" and _kind(operator) == "cpu":
+            return _compiled(operator, arguments, _library(operator, arguments) if self.probe else 0)
+        owned = COSTS[operator](*arguments)
+        return max(owned.base.workspace, owned.adapter.workspace)
+
+    def _product(self, operator: str, arguments: Sequence[Any]) -> int:
         place = MATMULS.get(operator)
-        return 0 if place is None or device != "cpu" or not probe else product_scratch(*arguments[place : place + 2])
-    implementations = PRIMITIVES[operator].implementations
-    if device == "cpu" and dispatch.choose(operator, implementations, torch.device("cpu")) == "cpu":
-        return _compiled(operator, arguments, _library(operator, arguments) if probe else 0)
-    owned = COSTS[operator](*arguments)
-    return max(owned.base.workspace, owned.adapter.workspace)
+        if place is None or self.device.type != "cpu" or not self.probe:
+            return 0
+        return product_scratch(*arguments[place : place + 2])
+
+
+def _kind(operator: str) -> str:
+    return dispatch.choose(operator, PRIMITIVES[operator].implementations, torch.device("cpu"))
 
 
 def _compiled(operator: str, arguments: Sequence[Any], library: int) -> int:

@@ -20,6 +20,7 @@ from peftdyno.engine.weights import DecoderWeights
 from peftdyno.kernels.adapted_linear import LinearEdits, TokenRuns
 from peftdyno.kernels.nf4 import Weight
 from peftdyno.kernels.random import stream_key
+from peftdyno.kernels.transfer import sent
 
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 # Gradients of a run's parameters lie in one row with those of its others, on purpose: one clip, one AdamW call.
@@ -165,10 +166,7 @@ class AdapterBank:
 
     def key_table(self, streams: Sequence[tuple[str, int]]) -> Tensor:
         """`keys` of several (purpose, layer), [M, R], on the bank's device."""
-        rows = [self.keys(*stream) for stream in streams]
-        if self.flat.is_cuda:  # a copy that waits for nothing that runs there
-            return torch.tensor(rows, pin_memory=True).to(self.flat.device, non_blocking=True)
-        return torch.tensor(rows, device=self.flat.device)
+        return sent(torch.tensor([self.keys(*stream) for stream in streams]), self.flat.device)
 
     @cached_property
     def replaces_products(self) -> bool:

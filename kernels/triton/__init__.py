@@ -57,9 +57,15 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def available() -> bool:
     """Whether Triton is installed and has something to run on."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return False
     return interpreted() or torch.cuda.is_available()
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftdyno.kernels import replay, tuning
+from peftdyno.kernels import dispatch, replay, tuning
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import attention_library as library
 from peftdyno.kernels.triton.attention_tables import (
@@ -219,9 +219,9 @@ def tile_shape(q: Tensor, key_heads: int) -> tuple[int, int, int, int]:
 
 def _piece(tiles: int, key_heads: int, device: torch.device, longest: int) -> int:
     """0, or the keys of a part: where the tiles alone would leave most of the GPU idle."""
-    if device.type != "cuda" or longest <= 2 * PIECE:
+    if dispatch.meant(device).type != "cuda" or longest <= 2 * PIECE:
         return 0
-    return PIECE if tiles * key_heads < torch.cuda.get_device_properties(device).multi_processor_count else 0
+    return PIECE if tiles * key_heads < tuning.multiprocessors(device) else 0
 
 
 def _plan(

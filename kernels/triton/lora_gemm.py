@@ -76,7 +76,7 @@ def _launch(
     tile = tuning.tile("lora_gemm_backward" if backward else "lora_gemm", shape, x.device, x.dtype)
     rows, columns = tile.rows, tile.columns
     tiles = triton.cdiv(n, rows) * triton.cdiv(out, columns)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    programs = tuning.multiprocessors(x.device) if x.is_cuda else 2
     wide, thin = ([DEPTH, columns], [narrow, columns]) if backward else ([columns, DEPTH], [columns, narrow])
     blocks = ([rows, DEPTH], wide, [rows, narrow], thin, [rows, columns])
     operands = [TensorDescriptor.from_tensor(t, b) for t, b in zip((x, weight, u, factor, y), blocks, strict=True)]

@@ -147,14 +147,9 @@ def forward(x: Tensor, codes: Tensor, absmax: Tensor, out: int, bias: Tensor | N
 def _parts(turns: int, programs: int, device: torch.device) -> tuple[int, int]:
     """Parts in which the columns are summed, more than one where there are too few programs to keep memory busy, and
     the turns of DEPTH columns in each."""
-    wanted = min(triton.cdiv(PROGRAMS * _processors(device), programs), turns // TURNS)
+    wanted = min(triton.cdiv(PROGRAMS * tuning.multiprocessors(device), programs), turns // TURNS)
     each = triton.cdiv(turns, max(1, wanted))
     return triton.cdiv(turns, each), each
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors; those of the GPU whose tiles the interpreter takes."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 132
 
 
 def backward(dy: Tensor, codes: Tensor, absmax: Tensor, columns: int) -> Tensor:

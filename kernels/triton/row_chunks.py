@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftdyno.kernels import replay
+from peftdyno.kernels.transfer import sent
 from peftdyno.kernels.triton.compiled import Compiled, Limits
 
 
@@ -31,9 +32,8 @@ class RowChunks:
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy of an array on the device; it waits for nothing that runs there."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    """Copy of an array on the device."""
+    return sent(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 @functools.lru_cache(maxsize=512)

@@ -17,7 +17,7 @@ from peftdyno.bench.profiling.profile import profile
 from peftdyno.engine.accounting.predict import Job
 from peftdyno.engine.adapters import METHODS
 from peftdyno.engine.config import DecoderConfig
-from peftdyno.kernels import memory
+from peftdyno.kernels import memory, triton
 
 TINY = DecoderConfig(
     family="llama", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -69,6 +69,20 @@ def test_activations_and_a_memory_limit() -> None:
         assert found["says"].startswith("memory limit ") and found["activations"] in found["says"]
     nothing = cost_report(job, 4, 48, Limits(1000))["training"]["within_limit"]
     assert "give --memory-limit" in nothing["says"]
+
+
+def test_memory_on_a_gpu(capsys: pytest.CaptureFixture, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the allocator and cuBLAS's workspace come on top; without Triton its scratch is not known."""
+    shape = ("--model", str(tiny_model), "--method", "ia3", "--seq", "16", "--batch", "1")
+    on_cpu = cost_json(capsys, *shape)["training"]["memory"]
+    on_gpu = cost_json(capsys, *shape, "--device", "cuda")["training"]["memory"]
+    assert "predicted_reserved_bytes" not in on_cpu
+    peak, reserved = on_gpu["predicted_peak_bytes"], on_gpu["predicted_reserved_bytes"]
+    assert 32 << 20 < peak <= reserved < peak + 3 * (2 << 20)
+    if triton.installed():
+        assert "not_exact" not in on_gpu
+    monkeypatch.setattr(triton, "installed", lambda: False)
+    assert "Triton" in cost_json(capsys, *shape, "--device", "cuda")["training"]["memory"]["not_exact"]
 
 
 def test_a_memory_limit_on_the_command_line(capsys: pytest.CaptureFixture, tiny_model: Path) -> None:

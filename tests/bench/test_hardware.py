@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from peftdyno.bench.profiling import hardware
+from peftdyno.bench.profiling import hardware, one_step
+from peftdyno.bench.profiling.bench import Bench
 from peftdyno.bench.profiling.hardware import METRICS, compare, measure, parse
 from peftdyno.bench.profiling.spec import Spec
 from peftdyno.engine.errors import UserError
@@ -93,3 +96,12 @@ def test_without_a_card_or_the_tool(shell, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="`ncu` is not on PATH"):
         hardware.hardware_profile(SPEC)
+
+
+def test_the_step_runs_on_the_card_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(Bench, "of", lambda job, *sizes: done.append(job.device) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        one_step.main(json.dumps(asdict(replace(SPEC, card=1))))
+    assert done == [1, "cuda"]

@@ -11,8 +11,8 @@ import torch
 
 from peftdyno.bench.gpu import losses, memory
 from peftdyno.bench.gpu.results import Section
-from peftdyno.bench.gpu.sizes import TINY
-from peftdyno.bench.gpu.step import pack_of, settings
+from peftdyno.bench.gpu.sizes import FULL, TINY
+from peftdyno.bench.gpu.step import lean, pack_of, settings
 from peftdyno.engine.accounting.predict import Job
 from peftdyno.engine.accounting.scope import Scope
 
@@ -66,6 +66,13 @@ def test_memory_of_the_bordered_step_is_predicted_without_a_gpu() -> None:
     assert [prediction.recomputed_flops for prediction in found] == [0, 0]
     weights = sum(t.numel() * 2 for t in Job(config=TINY.config()).model(Scope())[0].weights.tensors())
     assert peaks[0] > peaks[1] > weights
+
+
+def test_an_8b_step_fits_44_gb_without_a_product_computed_again() -> None:
+    pack = pack_of(FULL, 1, FULL.config().vocab_size)
+    predicted = memory.prediction(FULL, lean(FULL), pack)
+    assert predicted.recomputed_flops == 0
+    assert 41.4e9 < predicted.peak_bytes < 44e9  # the floor: weights and what no product can do without
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

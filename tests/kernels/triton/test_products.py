@@ -113,7 +113,7 @@ def test_few_rows_share_the_columns_among_programs(
     launched: list[int] = []
     parts = nf4_gemm._parts
     monkeypatch.setattr(nf4_gemm, "_parts", lambda *a: (launched.append(parts(*a)[0]), parts(*a))[1])
-    monkeypatch.setattr(nf4_gemm, "_processors", lambda device: 8)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 8)
     weight = nf4.quantise((torch.randn(out, columns, device=device) / 40).to(dtype))
     beside = torch.randn(out, device=device).to(dtype) if bias else None
     forward = (rows_beside_others(rows, columns, dtype, device), weight.codes, weight.scales(), out, beside, 8)

@@ -45,6 +45,7 @@ def test_every_kernel_ships_a_tile_for_every_architecture() -> None:
 def test_gpus_with_little_shared_memory_take_the_smallest_tiles(
     capability: tuple[int, int], arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert tuning.architecture(torch.device("cuda")) == arch
 
