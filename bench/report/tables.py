@@ -68,7 +68,8 @@ def by_task(comparison: Comparison) -> Table:
         cells = [_cell(comparison.cells.get((method, task)), len(found.seeds)) for method in found.methods]
         rows.append((task, *cells, number(comparison.untuned.get(task), absent="")))
     seeds = ", ".join(map(str, found.seeds))
-    return Table(f"Score by task in percent, mean and standard deviation over seeds {seeds}", header, tuple(rows))
+    over = f"mean and standard deviation over seeds {seeds}" if len(found.seeds) > 1 else f"seed {seeds}"
+    return Table(f"Score by task in percent, {over}", header, tuple(rows))
 
 
 def _cell(cell: Cell | None, seeds: int) -> str:
