@@ -13,10 +13,11 @@ from peftdyno.bench.byte_sizes import show_enough, show_size
 from peftdyno.bench.memory_limit import Limit, Way, enough, within
 from peftdyno.bench.rendering import Examples
 from peftdyno.engine.accounting.memory_predict import pack_tensors, validation_memory
-from peftdyno.engine.accounting.pack_shape import PackShape
+from peftdyno.engine.accounting.pack_shape import PackShape, largest
 from peftdyno.engine.accounting.predict import Job as Predicted
 from peftdyno.engine.activations import POLICIES
 from peftdyno.engine.batching import batch_indices, packs_of, steps_per_epoch, training_sequences
+from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.errors import UserError
 from peftdyno.engine.pack import Pack, Root
 from peftdyno.engine.pack import Sequence as PackSequence
@@ -66,6 +67,7 @@ class RunAhead:
 class TrainingPacks:
     """Packs of some runs of a method, trained in groups in the order given."""
 
+    config: DecoderConfig
     runs: Sequence[RunAhead]
     share_prefix: bool
     root: Root | None
@@ -74,12 +76,11 @@ class TrainingPacks:
     _waiting: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def largest(self, way: Way) -> Sequence[PackShape]:
-        """The packs with the most tokens and with the most rows that predict, among all steps of all groups."""
+        """The largest packs by each of their sizes, among all steps of all groups."""
         key = way.together, way.micro_batch
         if key not in self._largest:
             shapes = {PackShape.of(pack) for pack in self._large_packs(way)}
-            most = max(shapes, key=lambda s: (s.num_tokens, s.num_labels)), max(shapes, key=lambda s: s.num_label_rows)
-            self._largest[key] = tuple(dict.fromkeys(most))
+            self._largest[key] = largest(shapes, self.config)
         return self._largest[key]
 
     def waiting(self, way: Way) -> int:
@@ -173,7 +174,7 @@ def search(job: Job, base: BaseModel, limit: int, sizes: Sequence[int]) -> Limit
     share = shares_prefix(settings.share_prefix, job.method)
     return Limit(
         job=predicted_job(job, base),
-        packs=TrainingPacks(runs, share, job.method.root()),
+        packs=TrainingPacks(base.decoder.config, runs, share, job.method.root()),
         limit=limit,
         batch=min(settings.micro_batch or settings.batch, settings.batch),
         policies=(settings.activations,) if settings.activations else POLICIES,
@@ -228,9 +229,9 @@ def validation_rows(job: Job, base: BaseModel, limit: int, held: int = 0) -> int
         packs = packs_of(sequences, count, True, job.method.root())
         if not packs:
             return count
-        largest = {max(packs, key=lambda p: p.num_tokens), max(packs, key=lambda p: p.labels.rows.numel())}
+        ends = {max(packs, key=lambda p: p.num_tokens), max(packs, key=lambda p: p.labels.rows.numel())}
         for probe in (False, True):
-            peak = held + max(validation_memory(predicted, pack, probe=probe).peak_bytes for pack in largest)
+            peak = held + max(validation_memory(predicted, pack, probe=probe).peak_bytes for pack in ends)
             if not within(limit, peak):
                 break
         else:
@@ -243,13 +244,13 @@ def validation_rows(job: Job, base: BaseModel, limit: int, held: int = 0) -> int
         count = (count + 1) // 2
 
 
-def group_size(job: Job, base: BaseModel, largest: int) -> int:
-    """How many runs of a job train together within its memory limit: at most `largest`, which holds without one."""
+def group_size(job: Job, base: BaseModel, at_most: int) -> int:
+    """How many runs of a job train together within its memory limit; `at_most` holds without one."""
     limit, runs = job.settings.memory_limit, len(job.settings.seeds)
     if limit is None or runs == 0:
-        return largest
+        return at_most
     even = {-(-runs // groups) for groups in range(1, runs + 1)}
-    sizes = sorted({size for size in even if size <= largest} | {min(largest, runs)})
+    sizes = sorted({size for size in even if size <= at_most} | {min(at_most, runs)})
     return search(job, base, limit, sizes).choose().way.together
 
 

@@ -52,7 +52,7 @@ def summarise(path: Path) -> StepSummary:
         tokens=sum(line["tokens"] for line in lines),
         steps=sum("step" in line for line in lines),
         work=total_work([Work.from_dict(line["work"]) for line in lines]),
-        largest=_largest([PackShape.from_dict(pack) for line in lines for pack in line["largest"]]),
+        largest=tuple(dict.fromkeys(PackShape.from_dict(pack) for line in lines for pack in line["largest"])),
     )
 
 
@@ -91,12 +91,3 @@ def _percentiles(values: list[float]) -> dict[str, float]:
         return {"step_median": values[0]} if values else {}
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return {"step_median": statistics.median(values), "step_p10": tenths[0], "step_p90": tenths[-1]}
-
-
-def _largest(packs: Sequence[PackShape]) -> tuple[PackShape, ...]:
-    """Of all, the one with the most tokens, then labels, and the one with the most rows that predict."""
-    if not packs:
-        return ()
-    most_tokens = max(packs, key=lambda p: (p.num_tokens, p.num_labels))
-    most_rows = max(packs, key=lambda p: p.num_label_rows)
-    return tuple(dict.fromkeys((most_tokens, most_rows)))

@@ -43,7 +43,7 @@ class StepLog:
     timed: int = 0
     packed: int = 0
     _joules: dict[str, float] = field(default_factory=dict)
-    _largest: tuple[tuple[int, int], int] = ((0, 0), 0)
+    _largest: list[tuple[int, ...]] = field(default_factory=list)
     _open: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> StepLog:
@@ -82,13 +82,13 @@ class StepLog:
         return asdict(total_work([Work.of(self.bank.config, pack) for step in steps for pack in step]))
 
     def _new(self, step: tuple[PackShape, ...]) -> list[PackShape]:
-        """The packs of a step that are larger than all before, in tokens and labels or in rows that predict."""
+        """The packs of a step that are larger than all before by one of their sizes."""
         found = []
         for pack in step:
-            size, rows = self._largest
-            if (pack.num_tokens, pack.num_labels) > size or pack.num_label_rows > rows:
+            most = list(map(max, pack.sizes(self.bank.config), self._largest or pack.sizes(self.bank.config)))
+            if most != self._largest:
                 found.append(pack)
-                self._largest = max(size, (pack.num_tokens, pack.num_labels)), max(rows, pack.num_label_rows)
+                self._largest = most
         return found
 
     def _energy(self, meter: EnergyMeter) -> dict[str, Any]:

@@ -75,6 +75,14 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: An
     return _attention(q, k, rest[4], rest[5], rest[7], True)
 
 
+def attention_gradient_bytes(segments: Tensor, chain: Tensor, heads: int, key_heads: int, width: int) -> int:
+    """What the gradient of attention holds in fp32, without a window; 0 without the compiled kernels."""
+    if not cpu.AVAILABLE:
+        return 0
+    held: int = torch.ops.peftdyno_cpu.attention_workspace(segments, chain, heads, key_heads, width, 0, False, True)
+    return held
+
+
 def _lora(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any) -> Workspace:
     _, rows, runs, *_ = rest
     terms = weight.shape[0], x.shape[1], _ranks(a), rows, runs, x.dtype == torch.bfloat16

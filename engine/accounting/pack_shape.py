@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from peftdyno.engine.config import DecoderConfig
 from peftdyno.engine.pack import Labels, Pack, Segment, attention_layout
 from peftdyno.kernels.adapted_linear import TokenRuns
+from peftdyno.kernels.workspace import attention_gradient_bytes
 
 _FIELDS = ("start", "length", "parent", "run", "position", "keys")
 
@@ -63,6 +65,14 @@ class PackShape:
         """Distinct rows that predict a label, M."""
         return self.row_offsets[-1]
 
+    def sizes(self, config: DecoderConfig) -> tuple[tuple[int, ...], ...]:
+        """By any of these a pack may be the one with the highest peak: tokens and labels, rows that predict, and what
+        the gradient of attention holds on the CPU, where threads that share keys sum apart."""
+        layout = attention_layout(self.segments())
+        shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        held = attention_gradient_bytes(layout.segments, layout.chain, *shape)
+        return (self.num_tokens, self.num_labels), (self.num_label_rows,), (held,)
+
     def segments(self) -> tuple[Segment, ...]:
         """The segments."""
         values = array("q", self.table).tolist()
@@ -97,3 +107,10 @@ class PackShape:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each run."""
         return tuple(b - a for a, b in itertools.pairwise(self.run_offsets))
+
+
+def largest(shapes: Iterable[PackShape], config: DecoderConfig) -> tuple[PackShape, ...]:
+    """The largest by each of their sizes."""
+    sizes = {shape: shape.sizes(config) for shape in shapes}
+    most = [max(sizes, key=lambda s: sizes[s][kind]) for kind in range(3)] if sizes else []
+    return tuple(dict.fromkeys(most))

@@ -10,7 +10,7 @@ from typing import Any
 
 from peftdyno.engine.accounting.ledger import WARM_UP_STEPS, Ledger
 from peftdyno.engine.accounting.memory_predict import training_memory
-from peftdyno.engine.accounting.pack_shape import PackShape
+from peftdyno.engine.accounting.pack_shape import PackShape, largest
 from peftdyno.engine.accounting.predict import Job, training_step
 from peftdyno.engine.accounting.scope import Phase
 from peftdyno.engine.accounting.tally import Tally, nested
@@ -101,12 +101,12 @@ def predicted_tally(ledger: Ledger, steps: Sequence[int]) -> Tally:
 
 
 def predicted_memory(ledger: Ledger, shapes: Sequence[PackShape]) -> dict[str, Any]:
-    """Peak of the training step whose packs are the largest of `shapes`, in tokens or in labels; on the CPU with the
-    scratch of its matrix library, which is measured. Empty where there is no shape."""
+    """Peak of the training step whose packs are the largest of `shapes`; on the CPU with the scratch of its matrix
+    library, which is measured. Empty where there is no shape."""
     if ledger.subject is None or not shapes:
         return {}
-    largest = {max(shapes, key=lambda s: (s.num_tokens, s.num_labels)), max(shapes, key=lambda s: s.num_label_rows)}
-    logs = [training_memory(subject_job(ledger), [shape.pack()], probe=True) for shape in largest]
+    job = subject_job(ledger)
+    logs = [training_memory(job, [shape.pack()], probe=True) for shape in largest(shapes, job.config)]
     highest = max(logs, key=lambda log: log.peak_bytes)
     categories = highest.by_category(highest.peak_index)
     categories["base weights"] += ledger.panel_bytes

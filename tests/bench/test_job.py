@@ -65,11 +65,14 @@ def test_record_and_files(base, tiny_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not memory.available(), reason="needs the compiled extension, which records allocations")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["lora", "prompt-tuning", "full"])
+@pytest.mark.parametrize(
+    ("method", "threads_used"), [("lora", 1), ("lora", 2), ("lora", 3), ("prompt-tuning", 1), ("full", 1)]
+)
 def test_predicted_peak_of_a_training_is_the_measured_one(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, dtype: str, method: str
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, dtype: str, method: str, threads_used: int, threads
 ) -> None:
     """Also on a processor with another matrix library the two must be within one hundredth."""
+    threads(threads_used)
     base = load_base(str(tiny_model), dtype, "cpu")
     found = finish(base, tmp_path, data=tiny_data, dtype=dtype, method=method, batch=4, steps=4)[0]
     figures = found.memory
