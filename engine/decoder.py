@@ -26,6 +26,7 @@ from peftdyno.kernels.adapted_linear import TokenRuns, adapted_linear
 from peftdyno.kernels.attention import AttentionShape, rotary_attention, rotated
 from peftdyno.kernels.autograd import apply
 from peftdyno.kernels.glu import glu
+from peftdyno.kernels.glu_linear import glu_linear, joined
 from peftdyno.kernels.head_norm import head_norm
 from peftdyno.kernels.label_loss import label_loss
 from peftdyno.kernels.library import watched
@@ -237,23 +238,24 @@ class Decoder:
     def mlp(self, i: int, weights: LayerWeights, bank: AdapterBank, runs: TokenRuns, normed: Tensor) -> Tensor:
         """Gated MLP: [N, D]."""
         gate_up = self.linear("gate_up", i, weights.gate_up, None, bank, runs, normed)
+        spare, grad_spare, scale = bank.spare(i, "down"), bank.spare(i, "gate_up"), bank.glu_scale(i)
+        activation, spares = self.config.activation, {"spare": spare, "grad_spare": grad_spare}
 
         def gated(gate_up: Tensor) -> Tensor:
-            return glu(
-                gate_up,
-                self.config.activation,
-                scale=bank.glu_scale(i),
-                run_offsets=runs.offsets,
-                spare=bank.spare(i, "down"),
-                grad_spare=bank.spare(i, "gate_up"),
-            )
+            return glu(gate_up, activation, scale=scale, run_offsets=runs.offsets, **spares)
 
-        down = None if bank.glu_scale(i) is not None else self.down("glu_down", i, "down", gate_up, bank, runs)
+        down = self.down("glu_down", i, "down", gate_up, bank, runs) if scale is None else None
+        plain = scale is None and not bank.replaces_products
+        edits = joined(gate_up, lambda: bank.linear(i, "down")) if plain else None
+        if edits is not None:
+            self.saved.before_last_product()
+            return glu_linear(
+                gate_up, activation, weights.down, edits, runs, border=spare, grad_spare=grad_spare, down=down
+            )
         if down is None:
             inner = gated(gate_up)
         else:
-            spares = {"spare": bank.spare(i, "down"), "grad_spare": bank.spare(i, "gate_up")}
-            self.made = inner, _ = glu_down(gate_up, self.config.activation, down, **spares)
+            self.made = inner, _ = glu_down(gate_up, activation, down, **spares)
         self.saved.pointwise(inner, lambda: gated(gate_up.detach()))
         self.saved.before_last_product()
         return self.linear("down", i, weights.down, None, bank, runs, inner)

@@ -95,7 +95,9 @@ class TokenRuns:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """What is done at one product, and the room beside its operands; see `adapted_linear`."""
+
     edits: LinearEdits
     runs: TokenRuns
     x_spare: int
@@ -108,24 +110,28 @@ class _Plan:
         return *edits.places, list(self.runs.offsets), edits.dropout, self.runs.streams, edits.keys
 
 
+def product(x: Tensor, weight: Weight, bias: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """The frozen product with its low-rank terms, and u of these."""
+    a, b = plan.edits.factors
+    if plan.u is not None:
+        scaling, rows, *_ = plan.terms()
+        places = (scaling, rows, list(plan.runs.offsets), plan.x_spare, plan.border, plan.spare)
+        return lora_linear.UP(x, plan.u, dense(weight), bias, b, *places), plan.u
+    if a and isinstance(weight, Nf4Weight) and nf4_linear.fused("nf4_linear", x, weight):
+        y = nf4_linear.product(x, weight, bias, plan.spare)
+        return y, lora_terms.ADD(y, x, a, b, *plan.terms())
+    if a:
+        terms = (a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
+        y, u = lora_linear.FORWARD(x, dense(weight), bias, *terms)
+        return y, u
+    return linear.product(x, weight, bias, plan.spare), None
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: _Plan, *told: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, plan: Plan, *told: Tensor | None) -> Tensor:
         edits, runs = plan.edits, list(plan.runs.offsets)
-        a, b = edits.factors
-        u = plan.u
-        if u is not None:
-            scaling, rows, *_ = plan.terms()
-            places = (scaling, rows, runs, plan.x_spare, plan.border, plan.spare)
-            y = lora_linear.UP(x, u, dense(weight), bias, b, *places)
-        elif a and isinstance(weight, Nf4Weight) and nf4_linear.fused("nf4_linear", x, weight):
-            y = nf4_linear.product(x, weight, bias, plan.spare)
-            u = lora_terms.ADD(y, x, a, b, *plan.terms())
-        elif a:
-            terms = (a, b, *plan.terms(), plan.x_spare, plan.border, plan.spare)
-            y, u = lora_linear.FORWARD(x, dense(weight), bias, *terms)
-        else:
-            y = linear.product(x, weight, bias, plan.spare)
+        y, u = product(x, weight, bias, plan)
         before = []
         for scale in edits.scales:
             before.append(y[:, scale.start : scale.start + scale.values.shape[1]].clone())
@@ -133,13 +139,12 @@ class _AdaptedLinear(torch.autograd.Function):
         for shift in edits.shifts:
             bank_affine.SHIFT(y, shift.values, shift.start, runs)
         ctx.plan, ctx.weight = plan, weight
-        ctx.save_for_backward(x if a else None, u, *before)
-        output: Tensor = y
-        return output
+        ctx.save_for_backward(x if edits.low_rank else None, u, *before)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         edits, runs = plan.edits, list(plan.runs.offsets)
         x, u, *before = ctx.saved_tensors
         shifts = [bank_affine.COLUMN_SUMS(dy, None, s.start, s.values.shape[1], runs) for s in edits.shifts]
@@ -155,18 +160,18 @@ class _AdaptedLinear(torch.autograd.Function):
         a, b = edits.factors
         if not a:
             dx = linear.product_backward(dy, ctx.weight) if need_x else None
-            return dx, None, None, None, *_given(edits, [*scales, *shifts])
+            return dx, None, None, None, *given(edits, [*scales, *shifts])
         if isinstance(ctx.weight, Nf4Weight) and nf4_linear.fused("nf4_linear_backward", dy, ctx.weight):
             dx = nf4_linear.product_backward(dy, ctx.weight) if need_x else dy.new_empty(0)
             da, db = lora_terms.BACKWARD(dx, dy, x, u, a, b, *plan.terms(), need_x)
         else:
             weight = dense(ctx.weight)
             dx, da, db = lora_linear.BACKWARD(dy, x, u, weight, a, b, *plan.terms(), plan.border, need_x)
-        return (dx if need_x else None), None, None, None, *_given(edits, [*da, *db, *scales, *shifts])
+        return (dx if need_x else None), None, None, None, *given(edits, [*da, *db, *scales, *shifts])
 
 
-def _given(edits: LinearEdits, gradients: list[Tensor]) -> list[Tensor | None]:
-    """What autograd is given of the parameters' gradients: nothing where they are added in place (`_anchor`)."""
+def given(edits: LinearEdits, gradients: list[Tensor]) -> list[Tensor | None]:
+    """What autograd is given of the parameters' gradients: nothing where they are added in place (`anchor`)."""
     if not edits.gradients:
         return [*gradients]
     for total, gradient in zip(edits.gradients, gradients, strict=True):
@@ -174,7 +179,7 @@ def _given(edits: LinearEdits, gradients: list[Tensor]) -> list[Tensor | None]:
     return [None]
 
 
-def _anchor(x: Tensor, edits: LinearEdits) -> tuple[Tensor | None, ...]:
+def anchor(x: Tensor, edits: LinearEdits) -> tuple[Tensor | None, ...]:
     """The parameters that autograd is told of: all of them, or, where their gradients are added in place, one, and it
     only where nothing else makes the product a node of the graph."""
     if not edits.gradients:
@@ -202,6 +207,6 @@ def adapted_linear(
     """
     if edits is None:
         return linear.linear(x, weight, bias, spare=spare)
-    plan = _Plan(edits, runs, x_spare, border if isinstance(weight, Tensor) else 0, spare, u)
-    y: Tensor = apply(_AdaptedLinear, x, weight, bias, plan, *_anchor(x, edits))
+    plan = Plan(edits, runs, x_spare, border if isinstance(weight, Tensor) else 0, spare, u)
+    y: Tensor = apply(_AdaptedLinear, x, weight, bias, plan, *anchor(x, edits))
     return y

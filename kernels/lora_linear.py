@@ -250,17 +250,25 @@ def up_cost(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Sequen
 def backward_cost(
     dy: Tensor, x: Tensor, u: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
 ) -> OwnedCost:
-    """Base 2 N in out for dx; adapter du, dA, dB and, where dx is needed, du A with its addition and mask."""
+    """Base 2 N in out for dx; the adapter's is that of `terms_backward_cost`, and x is read."""
     n, (out, columns) = dy.shape[0], weight.shape
     run_offsets, dropout, need_x = rest[2], rest[3], rest[-1]
     moved = row_bytes(dy, weight) + n * columns * dy.element_size()
     base = Cost(matrix=2 * n * out * columns, bytes=moved) if need_x else Cost()
+    return OwnedCost(base, terms_backward_cost(u, a, b, run_offsets, dropout, need_x) + Cost(bytes=row_bytes(x)))
+
+
+def terms_backward_cost(
+    u: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], run_offsets: Sequence[int], dropout: float, need_x: bool
+) -> Cost:
+    """du, dA, dB and, where dx is needed, du A with its addition and mask; u and the factors are read, dA and dB
+    written."""
     matrix = pointwise = 0
     for tokens, rank, wide, tall in _low_rank(a, b, run_offsets):
         matrix += 2 * tokens * rank * (2 * tall + wide * (2 if need_x else 1))
         masked = (2 if need_x else 1) if dropout else 0
         pointwise += tokens * wide * (int(need_x) + 2 * masked)
-    return OwnedCost(base, Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(x, u, *a, *b) + row_bytes(*a, *b)))
+    return Cost(matrix=matrix, pointwise=pointwise, bytes=row_bytes(u, *a, *b) + row_bytes(*a, *b))
 
 
 FORWARD = primitive(

@@ -49,10 +49,8 @@ def backward_cost(
 ) -> OwnedCost:
     """The adapter's part of `lora_linear_backward`, with dy read and dx read and written again."""
     runs, dropout, need_x = rest[2], rest[3], rest[-1]
-    places = (*rest[:2], runs, dropout, *rest[4:6], 0, need_x)
-    weight = dy.new_empty(dy.shape[1], x.shape[1], device="meta")
-    adapter = lora_linear.backward_cost(dy, x, u, weight, a, b, *places).adapter
-    return OwnedCost(adapter=adapter + Cost(bytes=row_bytes(dy) + (2 * row_bytes(dx) if need_x else 0)))
+    moved = row_bytes(dy, x) + (2 * row_bytes(dx) if need_x else 0)
+    return OwnedCost(adapter=lora_linear.terms_backward_cost(u, a, b, runs, dropout, need_x) + Cost(bytes=moved))
 
 
 def _gradients(dx: Tensor, dy: Tensor, x: Tensor, u: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *_: Any) -> Any:

@@ -18,6 +18,7 @@ from peftdyno.kernels import (  # each import registers an operator
     attention,
     bank_affine,  # noqa: F401
     glu,  # noqa: F401
+    glu_linear,  # noqa: F401
     label_loss,  # noqa: F401
     linear,  # noqa: F401
     lora_linear,  # noqa: F401
@@ -199,6 +200,8 @@ def products(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             if bordered and site != "o":
                 producer, make = ("glu_down", low.activation) if site == "down" else ("rms_norm_down", low.norm)
                 yield Case(producer, label, make)
+            if bordered and site == "down":
+                yield Case("glu_lora_backward", label, low.activation_backward, goal=goal)
             if bordered and runs == 1:
                 yield Case("lora_linear_up", label, low.up)
             if not bordered:
@@ -254,6 +257,15 @@ class LowRankCalls:
         """Of the activation that makes x and u."""
         _, _, (a, _, _, _, *low), border = self._common(t, n)
         return self.draw.rows(n, 2 * self.columns, t), "silu", a, *low, border
+
+    def activation_backward(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
+        """Of the backward pass of the activation and the low-rank term that read it."""
+        _, _, rest, _ = self._common(t, n)
+        dx, dy, gate_up, u = (
+            self.draw.rows(n, width, t)
+            for width in (self.columns, sum(self.outs), 2 * self.columns, self.draw.sizes.rank)
+        )
+        return dx, dy, gate_up, u, *rest, "silu", 0
 
     def up(self, t: torch.dtype, n: int) -> tuple[Any, ...]:
         """Of the forward pass where one run's u was made before, and stands beside x."""

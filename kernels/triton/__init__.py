@@ -23,6 +23,7 @@ OPERATORS = {
     "glu": "glu.forward",
     "glu_backward": "glu.backward",
     "glu_down": "low_rank_input.glu",
+    "glu_lora_backward": "glu_lora.backward",
     "label_loss": "label_loss.forward",
     "linear": "linear.forward",
     "linear_backward": "linear.backward",

@@ -41,6 +41,7 @@ MODULES = (
     "skinny",
     "output_gradient",
     "low_rank_input",
+    "glu_lora",
     "lora_gemm",
     "nf4",
     "nf4_gemm",

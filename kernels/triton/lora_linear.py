@@ -22,13 +22,6 @@ from peftdyno.kernels.triton.output_gradient import du_and_db
 from peftdyno.kernels.triton.skinny import Dropout, add_masked, outer, project
 
 
-def _dropout(probability: float, streams: Tensor | None, keys: Tensor | None, like: Tensor) -> Dropout | None:
-    if probability == 0.0:
-        return None
-    assert streams is not None and keys is not None, "dropout needs the tokens' identities and the runs' keys"
-    return Dropout(probability, streams, keys.to(like.device).contiguous())
-
-
 def _widened(x: Tensor, columns: int) -> Tensor:
     """x with the columns that lie to the right of its rows in memory; to write there does not change x for autograd."""
     return x.data.as_strided((x.shape[0], x.shape[1] + columns), x.stride())
@@ -69,7 +62,7 @@ def forward(
     spare: int,
 ) -> tuple[Tensor, Tensor]:
     """y [N, out] and u [N, sum of r]."""
-    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, x)
+    modules, drop = modules_of(a, rows, scaling), Dropout.of(dropout, streams, keys, x.device)
     form = _form("lora_linear", x, weight, modules)
     if form == "bordered" and min(x_spare, border) >= modules.spread:
         y = with_spare(x.shape[0], weight.shape[0], spare, x)
@@ -175,7 +168,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of x (empty unless needed) and, in fp32, of every A and B."""
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
-    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, dy)
+    modules, drop = modules_of(a, rows, scaling), Dropout.of(dropout, streams, keys, dy.device)
     form = _form("lora_linear_backward", dy, weight, modules) if need_x and drop is None else "masked"
     one_product = form == "bordered" and border >= modules.spread and _has_spare(dy, border)
     down, up, wide = _scratch(dy, weight, modules)
@@ -214,7 +207,7 @@ def add(
     keys: Tensor | None,
 ) -> Tensor:
     """The low-rank terms added to y [N, out] in place; u [N, sum of r]."""
-    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, x)
+    modules, drop = modules_of(a, rows, scaling), Dropout.of(dropout, streams, keys, x.device)
     down, up, by_run = _room(x, y.shape[1], x.shape[1], modules)
     pack(a, b, modules, down, up)
     u = project(x, down, modules, run_offsets, by_run, of_b=False, dropout=drop)
@@ -239,7 +232,7 @@ def add_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every dA and dB in fp32; the low-rank terms' part of dx added in place, where it is needed."""
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
-    modules, drop = modules_of(a, rows, scaling), _dropout(dropout, streams, keys, dy)
+    modules, drop = modules_of(a, rows, scaling), Dropout.of(dropout, streams, keys, dy.device)
     down, up, wide = _room(dy, dy.shape[1], x.shape[1], modules)
     pack(a, b, modules, down if need_x else None, up)
     wide = wide if need_x and drop is None else None

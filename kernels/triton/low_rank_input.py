@@ -21,7 +21,7 @@ from peftdyno.kernels.triton.dropout import dropped
 from peftdyno.kernels.triton.glu import activation as activate
 from peftdyno.kernels.triton.low_rank import FIELDS, Modules, modules_of, pack
 from peftdyno.kernels.triton.row_chunks import row_chunks
-from peftdyno.kernels.triton.skinny import Dropout
+from peftdyno.kernels.triton.skinny import Dropout, precision
 
 
 @triton.jit
@@ -159,18 +159,11 @@ def _prepared(
     modules = modules_of(a, [0, 0] * len(a), [1.0] * (len(a) * num_runs))
     factor = like.new_empty(modules.spread, a[0].shape[2])
     pack(a, [], modules, factor, None)
-    if dropout == 0.0:
-        return modules, factor, None
-    assert streams is not None and keys is not None, "dropout needs the tokens' identities and the runs' keys"
-    return modules, factor, Dropout(dropout, streams, keys.to(like.device).contiguous())
+    return modules, factor, Dropout.of(dropout, streams, keys, like.device)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def norm(
@@ -203,7 +196,7 @@ def norm(
             d, x.stride(0), more.stride(0), y.stride(0), factor.stride(0), u.stride(0), len(a), modules.num_runs,
             eps, offset, 0 if drop is None else drop.limit, 1.0 if drop is None else drop.kept,
             ADD=residual is not None, DROP=drop is not None, RANKS=padded(modules.columns), ROWS=tile.rows,
-            BLOCK=tile.columns, PRECISION=_precision(x), num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK=tile.columns, PRECISION=precision(x), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y, h, rstd, u
 
@@ -232,7 +225,7 @@ def glu(
             f, gate_up.stride(0), y.stride(0), factor.stride(0), u.stride(0), len(a), modules.num_runs,
             0 if drop is None else drop.limit, 1.0 if drop is None else drop.kept,
             SILU=activation == "silu", DROP=drop is not None, RANKS=padded(modules.columns), ROWS=tile.rows,
-            BLOCK=tile.columns, PRECISION=_precision(y), num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK=tile.columns, PRECISION=precision(y), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y, u
 

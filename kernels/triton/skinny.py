@@ -40,6 +40,16 @@ class Dropout:
     streams: Tensor
     keys: Tensor
 
+    @classmethod
+    def of(
+        cls, probability: float, streams: Tensor | None, keys: Tensor | None, device: torch.device
+    ) -> Dropout | None:
+        """That of an operator's arguments; None without dropout."""
+        if probability == 0.0:
+            return None
+        assert streams is not None and keys is not None, "dropout needs the tokens' identities and the runs' keys"
+        return cls(probability, streams, keys.to(device).contiguous())
+
     @property
     def limit(self) -> int:
         """16-bit halves below it are dropped."""
@@ -171,7 +181,7 @@ def _add_masked(
     tl.store(at, total.to(dx.dtype.element_ty), mask=here & inside)
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """float32 products in full; narrower types are exact in any case."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
@@ -209,7 +219,7 @@ def project(
             x.shape[1], x.stride(0), *strides, u.stride(0), 0 if wide is None else wide.stride(0),
             modules.num_runs, 0 if dropout is None else dropout.limit, 1.0 if dropout is None else dropout.kept,
             OWN_COLUMNS=of_b, DROP=dropout is not None, WIDE=wide is not None, **pieces,
-            TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned, PRECISION=_precision(x),
+            TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned, PRECISION=precision(x),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return u
@@ -244,7 +254,7 @@ def outer(
             factors, k, left.stride(0), right.stride(0), width, modules.num_runs,
             0 if dropout is None else dropout.limit,
             OF_B=of_b, DROP=dropout is not None, **pieces, TOKENS=tile.rows, BLOCK=tile.columns,
-            ALIGNED=modules.aligned, PRECISION=_precision(right), num_warps=tile.warps, num_stages=tile.stages,
+            ALIGNED=modules.aligned, PRECISION=precision(right), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return weight_gradients(partials, chunks, shapes)
 
@@ -265,7 +275,7 @@ def add_masked(dx: Tensor, du: Tensor, down: Tensor, modules: Modules, runs: Seq
             dx, du, down, chunks.table, modules.table, dropout.streams, dropout.keys, k, len(modules.ranks),
             modules.num_runs, dx.stride(0), du.stride(0), down.stride(0), dropout.limit, dropout.kept,
             **_pieces(modules.rank, PIECE, dx.itemsize), TOKENS=tile.rows, BLOCK=tile.columns, ALIGNED=modules.aligned,
-            PRECISION=_precision(dx), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=precision(dx), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

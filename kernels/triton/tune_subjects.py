@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from peftdyno.kernels import glu as gated
-from peftdyno.kernels import linear, low_rank_input, nf4, rms_norm, tuning
+from peftdyno.kernels import glu_linear, linear, low_rank_input, nf4, rms_norm, tuning
 from peftdyno.kernels.adapted_linear import LinearEdits, LowRank, TokenRuns, adapted_linear
 from peftdyno.kernels.library import with_spare
 from peftdyno.kernels.triton import (
     attention,
     attention_backward,
+    glu_lora,
     lora_gemm,
     lora_linear,
     nf4_gemm,
     output_gradient,
     skinny,
 )
+from peftdyno.kernels.triton import glu as glu_kernels
 from peftdyno.kernels.triton import low_rank_input as low_rank_kernels
 from peftdyno.kernels.triton.attention_library import runnable
 from peftdyno.kernels.triton.low_rank import modules_of
@@ -121,6 +123,10 @@ def subjects(sizes: TuneSizes, device: torch.device) -> Iterator[Subject]:
         yield from _skinny(product, sizes, draw)
         yield from _fused(product, sizes, draw)
         yield from _norm_and_glu(product, sizes, draw)
+        if calls := _glu_lora(product, sizes, draw):
+            yield Subject(
+                "glu_lora_backward", (sizes.tokens, product.columns, low_rank_kernels.padded(sizes.rank)), calls[0]
+            )
         if product.columns % nf4.BLOCK == 0:
             yield from _nf4(product, sizes, draw)
     yield from _attention(sizes, draw)
@@ -198,6 +204,33 @@ def _norm_and_glu(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[Su
             yield Subject(kernel, shape, functools.partial(activation, draw.rows(n, 2 * columns)))
 
 
+def _glu_lora(
+    product: Product, sizes: TuneSizes, draw: Draw
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]] | None:
+    """The gradient of gate_up before a product with a low-rank term, as one and apart; None where it is not so made."""
+    if product.columns != max(p.columns for p in sizes.products) or len(product.outs) > 1:
+        return None
+    if sizes.rank > glu_linear.MOST_RANKS[draw.dtype.itemsize]:
+        return None
+    n, columns, out, runs = sizes.tokens, product.columns, product.out, sizes.runs
+    offsets = [n * j // runs for j in range(runs + 1)]
+    a, b = [draw.factors(runs, sizes.rank, columns)], [draw.factors(runs, out, sizes.rank)]
+    streams = torch.arange(n, device=draw.device)
+    keys = torch.zeros(1, runs, dtype=torch.int64, device=draw.device)
+    terms = (a, b, [1.0] * runs, [0, out], offsets, 0.05, streams, keys)
+    dy, u, weight = draw.rows(n, out), draw.rows(n, sizes.rank), draw.rows(out, columns)
+    gate_up, inner = draw.rows(n, 2 * columns), draw.rows(n, columns)
+
+    def joined() -> Tensor:
+        return glu_lora.backward(torch.mm(dy, weight), dy, gate_up, u, *terms, "silu", 0)[0]
+
+    def apart() -> Tensor:
+        dx = lora_linear.backward(dy, inner, u, weight, *terms, 0, True)[0]
+        return glu_kernels.backward(dx, gate_up, None, "silu", [], 0)[0]
+
+    return joined, apart
+
+
 def _makers(product: Product, sizes: TuneSizes) -> list[str]:
     """The operators that may make a product's input: a norm before those of the hidden width, the activation before
     that of the widest input."""
@@ -253,6 +286,7 @@ def form_subjects(sizes: TuneSizes, device: torch.device) -> Iterator[FormSubjec
     for product in sizes.products:
         yield from _lora(product, sizes, Draw(device))
         yield from _inputs(product, sizes, Draw(device))
+        yield from _activation(product, sizes, Draw(device))
         if product.columns % nf4.BLOCK == 0:
             yield from _four_bits(product, sizes, Draw(device))
 
@@ -285,6 +319,19 @@ def _inputs(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubj
     for operator in _makers(product, sizes):
         shape = (n, product.columns, spread)
         yield FormSubject(operator, shape, tuning.FORMS[operator], functools.partial(call, operator))
+
+
+def _activation(product: Product, sizes: TuneSizes, draw: Draw) -> Iterator[FormSubject]:
+    """The backward passes of the activation and of the product that reads it."""
+    calls, shape = _glu_lora(product, sizes, draw), (sizes.tokens, product.columns, sizes.rank)
+    if calls is None:
+        return
+    joined, apart = calls
+
+    def call() -> Tensor:
+        return joined() if tuning.form("glu_lora_backward", shape, draw.device) == "together" else apart()
+
+    yield FormSubject("glu_lora_backward", shape, tuning.FORMS["glu_lora_backward"], call)
 
 
 def _edits(product: Product, sizes: TuneSizes, draw: Draw) -> LinearEdits:

@@ -16,7 +16,13 @@ from peftdyno.kernels.tuning import Tile
 
 CPU = torch.device("cpu")
 SIZES = TuneSizes(
-    tokens=20, products=(Product(columns=64, outs=(16, 8)),), rank=16, runs=2, heads=2, key_heads=1, head_dim=16
+    tokens=20,
+    products=(Product(columns=64, outs=(16, 8)), Product(columns=128, outs=(16,))),
+    rank=16,
+    runs=2,
+    heads=2,
+    key_heads=1,
+    head_dim=16,
 )
 ADDED = (20, 64, 16)
 ADD = tuning.shape_class("lora_add", ADDED)
@@ -232,7 +238,7 @@ def test_the_fastest_right_form_is_taken() -> None:
 def test_tuning_reports_and_keeps_tiles_for_the_forms(device: torch.device) -> None:
     told: list[str] = []
     found = tune.tune(SIZES, device, "lora_add", timer=lambda call: 1.0, report=lambda name, entry: told.append(name))
-    assert list(found) == told == [ADD] and found[ADD]["ms"] == 1.0
+    assert list(found) == told and len(told) == len(SIZES.products) and found[ADD]["ms"] == 1.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
