@@ -33,6 +33,11 @@ struct Plan {
 
   int64_t num_tasks() const { return static_cast<int64_t>(tasks.size()); }
 
+  // Whether every task is one query, as in decoding.
+  bool single_queries() const {
+    return std::all_of(tasks.begin(), tasks.end(), [](const QueryTask& task) { return task.count == 1; });
+  }
+
   // Parts of the tasks that the backward pass adds up apart: several a thread, so that a slow one can take fewer.
   int64_t num_parts() const {
     const int64_t threads = at::get_num_threads();
@@ -68,6 +73,10 @@ inline int64_t transpose_bytes(int64_t padded_width) {
 inline int64_t attention_forward_bytes(int64_t rows, int64_t padded_width) {
   const int64_t wider = std::max(padded_width, KEY_BLOCK);
   return padded_to(rows * (4 * padded_width + KEY_BLOCK + wider + 4) * 4 + KEY_BLOCK * padded_width * 4 + 16 * 64, 64);
+}
+
+inline int64_t attention_single_bytes(int64_t heads, int64_t padded_width) {
+  return padded_to((2 * heads * (padded_width + 1) + 4 * (KEY_BLOCK + 16 * 16)) * 4 + 6 * 64, 64);
 }
 
 inline int64_t attention_backward_bytes(int64_t rows, int64_t padded_width) {

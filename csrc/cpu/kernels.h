@@ -157,6 +157,7 @@ struct Kernels {
   void (*lora_strip)(const Lora&, const LoraStrip&, void* scratch);
   void (*attention_transpose)(const Attention&, int64_t begin, int64_t end, void* scratch);
   void (*attention_forward)(const Attention&, int64_t begin, int64_t end, void* scratch);
+  void (*attention_single)(const Attention&, int64_t task, int64_t heads, void* scratch);  // of one query; its head and the next
   void (*attention_backward)(const Attention&, const KeyGradients&, int64_t begin, int64_t end, void* scratch);
   void (*attention_store_keys)(const Attention&, const KeyGradientRows&, int64_t begin, int64_t end);
 };

@@ -4,6 +4,7 @@
 #include "adamw_kernel.h"
 #include "attention_backward_kernel.h"
 #include "attention_kernel.h"
+#include "attention_single_kernel.h"
 #include "bank_affine_kernel.h"
 #include "glu_kernel.h"
 #include "label_loss_kernel.h"
@@ -49,6 +50,7 @@ const Kernels table = {
     lora_strip,
     attention_transpose,
     attention_forward,
+    attention_single,
     attention_backward,
     attention_store_keys,
 };

@@ -62,5 +62,35 @@ static void transpose_words(const void* source, int64_t rows, int64_t columns, i
     for (int64_t j = 0; j < columns; j += LANES) transpose_square(from + i * stride + j, stride, to + j * rows + i, rows);
 }
 
+// The sum of each of the LANES rows of [LANES, LANES]: halves of rows are laid beside each other and added, again and
+// again.
+PEFTDYNO_INLINE Vec row_sums(const float* rows) {
+#if defined(__AVX512F__)
+  __m512 v[16];
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_ps(rows + i * 16);
+  for (int i = 0; i < 8; ++i)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d even = _mm512_castps_pd(v[2 * i]), odd = _mm512_castps_pd(v[2 * i + 1]);
+    v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+  for (int n = 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i)
+      v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                           _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+  return bit_cast<Vec>(v[0]);
+#elif defined(__AVX2__)
+  __m256 v[8];
+  for (int i = 0; i < 8; ++i) v[i] = _mm256_loadu_ps(rows + i * 8);
+  for (int n = 4; n > 1; n /= 2)
+    for (int i = 0; i < n; ++i) v[i] = _mm256_hadd_ps(v[2 * i], v[2 * i + 1]);
+  return bit_cast<Vec>(_mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31)));
+#else
+  Vec sums;
+  for (int64_t i = 0; i < LANES; ++i) sums[i] = sum(load(rows + i * LANES));
+  return sums;
+#endif
+}
+
 }  // namespace PEFTDYNO_ISA
 }  // namespace peftdyno

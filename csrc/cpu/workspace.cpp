@@ -13,8 +13,11 @@ int64_t attention_workspace(const Tensor& segments, const Tensor& chain, int64_t
   const int64_t keys = key_heads * plan->padded_keys * d, rows = plan->task_rows(heads / key_heads);
   const int64_t blocks = key_heads * static_cast<int64_t>(plan->blocks.size());
   const int64_t threads = threads_for(std::max(plan->num_tasks(), blocks));
-  const int64_t task = backward ? attention_backward_bytes(rows, d) : attention_forward_bytes(rows, d);
-  const int64_t held = keys * element + threads * std::max(transpose_bytes(d), task);
+  const bool single = !backward && plan->single_queries();
+  const int64_t task = backward ? attention_backward_bytes(rows, d)
+                       : single ? attention_single_bytes(heads, d)
+                                : attention_forward_bytes(rows, d);
+  const int64_t held = (single ? 0 : keys * element) + threads * std::max(transpose_bytes(d), task);
   if (!backward) return held;
   int64_t borrowed = 0;
   for (int64_t t = 0; t < plan->num_parts(); ++t) borrowed += plan->borrowed_keys(t, plan->num_parts()).keys;

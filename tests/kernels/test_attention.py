@@ -153,6 +153,62 @@ def test_queries_at_the_end_of_cached_keys(check, dtype) -> None:
         check("attention", q, *keys, None, None, segments, chain, 0.125, window, 0.0, 0)
 
 
+def cached(shape, dtype, queries, keys, prefix=0, gain=1.0):
+    """Queries, keys and values with heads side by side in a row, as a cache has them, and a prefix of virtual keys."""
+    heads, key_heads, width = shape
+    q = (gain * torch.randn(queries, heads, width)).to(dtype)
+    k, v = torch.randn(keys, 2, key_heads, width).to(dtype).unbind(1)
+    virtual = [torch.randn(prefix, key_heads, width) if prefix else None for _ in range(2)]
+    return q, k, v, *virtual
+
+
+def single_queries(keys, prefix=0):
+    """Tables of nine queries, each alone: after 150 shared keys and some of their own, or after a prefix, or alone."""
+    links = [
+        [(0, 150, 0), (150, 1, 150)],
+        [(0, 150, 0), (160, 64, 150)],
+        [(0, 150, 0), (230, 65, 150)],
+        [(300, 1, 0)],
+        [(301, 31, 0), (0, 17, 31)],
+        [(340, 16, 0)],
+        [(360, 130, 0)],
+        [(keys, prefix, 0), (490, 5, prefix)] if prefix else [(490, 5, 0)],
+        [(keys - 3, 3 + min(3, prefix), 0)],
+    ]
+    ends = [sum(map(len, links[: i + 1])) for i in range(len(links))]
+    segments = [[i, 1, end - len(own), end] for i, (own, end) in enumerate(zip(links, ends, strict=True))]
+    chain = [link for own in links for link in own]
+    return torch.tensor(segments, dtype=torch.int32), torch.tensor(chain, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (7, 1, 32), (16, 2, 20)], ids=str)
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_single_queries(check, dtype, shape, prefix) -> None:
+    """Decoding, where no segment has more than one query."""
+    inputs, tables = cached(shape, dtype, 9, 500, prefix), single_queries(500, prefix)
+    check("attention", *inputs, *tables, shape[2] ** -0.5, 0, 0.0, 8)
+
+
+@pytest.mark.parametrize("threads_used", [1, 2, 3])
+@pytest.mark.parametrize("window", [0, 1, 16, 100])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_single_queries_that_see_some(check, dtype, threads, threads_used, window, softcap) -> None:
+    threads(threads_used)
+    inputs = cached(SHAPES["nine"], dtype, 9, 500, gain=20.0)
+    check("attention", *inputs, *single_queries(500), 0.125, window, softcap, 0)
+
+
+def test_a_single_query_sees_a_number_that_is_none(isa, dtype) -> None:
+    """Those do whose keys have it: a shared key reaches three and half their heads, a value reaches one."""
+    q, k, v, *_ = cached((4, 2, 16), dtype, 9, 500)
+    k[7, 0, 3], v[361, 1, 5] = float("nan"), float("nan")
+    out, _ = torch.ops.peftdyno_cpu.attention(q, k, v, None, None, *single_queries(500), 0.25, 0, 0.0, 0)
+    expected = torch.zeros(9, 4, 16, dtype=torch.bool)
+    expected[[0, 1, 2, 4], :2] = True
+    expected[6, 2:, 5] = True
+    assert torch.equal(out.unflatten(1, (4, 16)).isnan(), expected)
+
+
 def test_fused_rows_split_into_heads_even_where_there_are_none() -> None:
     heads, key_heads, width = SHAPES["grouped"]
     shape = AttentionShape(num_heads=heads, num_key_value_heads=key_heads, head_dim=width, scale=1.0)

@@ -39,6 +39,17 @@ def test_attention(rows, threads, threads_used, backward) -> None:
     assert recorded(name, *arguments) == pytest.approx(cpu_workspace(name, arguments).otherwise, abs=VIEW)
 
 
+@pytest.mark.parametrize("threads_used", [1, 2])
+def test_attention_of_single_queries(isa, rows, threads, threads_used) -> None:
+    """It lays out no keys."""
+    threads(threads_used)
+    q, k, v = (rows(n, h * 40, torch.bfloat16).unflatten(1, (h, 40)) for n, h in ((9, 6), (300, 3), (300, 3)))
+    segments = torch.tensor([[i, 1, i, i + 1] for i in range(9)], dtype=torch.int32)
+    chain = torch.tensor([[30 * i, 30, 0] for i in range(9)], dtype=torch.int32)
+    arguments = (q, k, v, None, None, segments, chain, 0.2, 0, 0.0, 0)
+    assert recorded("attention", *arguments) == pytest.approx(cpu_workspace("attention", arguments).otherwise, abs=VIEW)
+
+
 @pytest.mark.parametrize("tokens", [70, 300])
 @pytest.mark.parametrize("border", [0, 32])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
